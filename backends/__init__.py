@@ -1,0 +1,52 @@
+"""What a device is, and the two transports. ``open_device`` is the only place that knows both."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .device import Device
+
+BACKEND_FORMS = (
+    "vdpa:NAME, vdpa:/dev/vhost-vdpa-N, vhost-user:SOCKET, vhost-user-listen:SOCKET or "
+    "vhost-user-fd:N"
+)
+
+
+def check_backend(uri: str) -> tuple[str, str]:
+    """Split a back-end URI into its scheme and the rest.
+
+    Raises:
+        ConfigError: it is none of ``BACKEND_FORMS``.
+    """
+    scheme, colon, rest = uri.partition(":")
+    known = scheme in ("vdpa", "vhost-user", "vhost-user-listen", "vhost-user-fd")
+    if not colon or not rest or not known or (scheme == "vhost-user-fd" and not rest.isdecimal()):
+        raise ConfigError(f"{uri!r} is no back-end", f"a back-end is {BACKEND_FORMS}")
+    return scheme, rest
+
+
+def open_device(uri: str) -> AbstractAsyncContextManager[Device]:
+    """Open the device that a back-end URI names, for the length of an ``async with`` block.
+
+    Raises:
+        ConfigError: the URI is malformed.
+        TargetError: there is no such device, it is busy, or not permitted.
+    """
+    scheme, rest = check_backend(uri)
+    # Each transport is imported only when it is used: the command line starts faster.
+    if scheme == "vdpa":
+        from .vdpa.device import open_vdpa
+        from .vdpa.discovery import resolve
+
+        return open_vdpa(uri, resolve(rest).node)
+    from .vhostuser import device
+
+    if scheme == "vhost-user":
+        return device.open_vhost_user(uri, rest)
+    if scheme == "vhost-user-listen":
+        return device.await_vhost_user(uri, rest)
+    return device.adopt_vhost_user(uri, int(rest))

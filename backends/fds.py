@@ -1,0 +1,92 @@
+"""File descriptors with exactly one owner."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from types import TracebackType
+
+
+class OwnedFd:
+    """One open file descriptor that is closed exactly once.
+
+    Whoever holds the object owns the descriptor. ``close`` is idempotent; ``detach`` gives the
+    number away. One that is dropped while open is closed with a ``ResourceWarning``.
+    """
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        """The number; raises ``ValueError`` once closed or detached."""
+        if self._fd < 0:
+            raise ValueError("file descriptor is closed")
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    def dup(self) -> OwnedFd:
+        """A second descriptor (close-on-exec) for the same open file."""
+        return OwnedFd(os.dup(self.fileno()))
+
+    def detach(self) -> int:
+        """Give up ownership and return the number."""
+        fd, self._fd = self.fileno(), -1
+        return fd
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> OwnedFd:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<OwnedFd {self._fd}>" if self._fd >= 0 else "<OwnedFd closed>"
+
+
+def close_all(fds: Iterable[OwnedFd | None]) -> None:
+    """Close every descriptor of ``fds``; ``None`` stands for one that was never there."""
+    for fd in fds:
+        if fd is not None:
+            fd.close()
+
+
+def new_eventfd() -> OwnedFd:
+    """A non-blocking, close-on-exec eventfd with count 0."""
+    return OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+
+
+def signal_eventfd(fd: OwnedFd | None) -> None:
+    """Add 1 to an eventfd that may be absent.
+
+    A counter at its maximum means that the other side has not read 2^64 - 2 signals: one more
+    changes nothing, so it is not waited for. A descriptor that only looked like an eventfd is
+    left alone for the same reason: it came from the peer, who alone is hurt.
+    """
+    if fd is None or fd.closed:
+        return
+    try:
+        os.set_blocking(fd.fileno(), False)
+        os.eventfd_write(fd.fileno(), 1)
+    except OSError:
+        pass

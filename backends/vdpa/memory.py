@@ -1,0 +1,190 @@
+"""Guest memory of a vhost-vdpa device: our mappings of it and the IOTLB entries made from them.
+
+IOVA is the guest physical address. vhost-vdpa has no "replace": an UPDATE that overlaps fails and
+an INVALIDATE drops every entry it touches, so entries are kept one per region and removed whole.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from vhostbridge.backends.device import MemoryRegion
+from vhostbridge.backends.errors import BridgeError, KernelRefused, PeerError, Unsupported
+from vhostbridge.native import ffi, lib
+
+from .chardev import Chardev
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A region as we mapped it: ``address`` is the user address of its first byte.
+
+    ``size`` is the region's, rounded up to whole pages (libblkio's ring region is not page-sized).
+    """
+
+    key: tuple[int, int, int, int, int]
+    iova: int
+    size: int
+    address: int
+    map_address: int
+    map_length: int
+
+
+def map_region(region: MemoryRegion) -> Mapping:
+    """Map a region shared and read-write into this process.
+
+    Raises:
+        PeerError: its file is too short for it: touching the rest would be a bus error.
+        KernelRefused: mmap failed.
+    """
+    status = os.fstat(region.fd.fileno())
+    if region.offset + region.size > status.st_size:
+        raise PeerError(
+            f"guest memory at {region.guest_address:#x} needs {region.offset + region.size} bytes "
+            f"of its file, which has {status.st_size}"
+        )
+    # A hugetlbfs file is mapped in its own page size, which is its st_blksize.
+    page = max(PAGE, status.st_blksize) if status.st_blksize % PAGE == 0 else PAGE
+    start = region.offset // page * page
+    length = -(-(region.offset + region.size - start) // page) * page
+    address = lib.vb_map_shared(length, region.fd.fileno(), start)
+    if address < 0:
+        raise KernelRefused(f"mapping guest memory at {region.guest_address:#x}", -address)
+    size = -(-region.size // PAGE) * PAGE
+    first = address + region.offset - start
+    return Mapping(region.key, region.guest_address, size, first, address, length)
+
+
+def check_regions(regions: Sequence[MemoryRegion], first: int, last: int) -> None:
+    """Refuse regions that overlap, are not page-aligned or lie outside the IOVA range.
+
+    Raises:
+        PeerError: misaligned or overlapping regions.
+        Unsupported: the device can't reach them.
+    """
+    end_before = 0
+    for region in sorted(regions, key=lambda r: r.guest_address):
+        where = f"guest memory {region.guest_address:#x}-{region.end - 1:#x}"
+        if region.guest_address % PAGE or region.offset % PAGE:
+            raise PeerError(f"{where} is not aligned to {PAGE} bytes")
+        if region.guest_address < end_before:
+            raise PeerError(f"{where} overlaps the region before it")
+        end_before = -(-region.end // PAGE) * PAGE
+        if region.guest_address < first or end_before - 1 > last:
+            raise Unsupported(
+                f"{where} is outside the device's IOVA range {first:#x}-{last:#x}",
+                "give the guest less memory, or a device with a wider range",
+            )
+
+
+class GuestMemory:
+    """The guest memory that one device can reach. Blocking; one thread at a time."""
+
+    def __init__(self, device: Chardev, *, batch: bool) -> None:
+        self._device = device
+        self._batch = batch
+        self._mappings: dict[tuple[int, int, int, int, int], Mapping] = {}
+
+    def update(self, regions: Sequence[MemoryRegion]) -> None:
+        """Make ``regions`` the device's memory; what stays is not touched.
+
+        Raises:
+            BridgeError: nothing changed; the previous memory is in force.
+        """
+        wanted = {region.key: region for region in regions}
+        gone = [m for key, m in self._mappings.items() if key not in wanted]
+        new: list[Mapping] = []
+        try:
+            for key, region in wanted.items():
+                if key not in self._mappings:
+                    new.append(map_region(region))
+            self._change(gone, new)
+        except BridgeError:
+            _unmap(new)
+            raise
+        for mapping in gone:
+            del self._mappings[mapping.key]
+        self._mappings.update((m.key, m) for m in new)
+        _unmap(gone)
+
+    def needs_removal(self, regions: Sequence[MemoryRegion]) -> bool:
+        """Whether ``update(regions)`` would take memory away."""
+        return not set(self._mappings) <= {region.key for region in regions}
+
+    def map_again(self) -> None:
+        """After a reset that lost the parent's entries: invalidate ours and add them anew."""
+        mappings = list(self._mappings.values())
+        if mappings:
+            self._change(mappings, mappings)
+
+    def close(self) -> None:
+        """Unmap everything; the device must be closed already."""
+        _unmap(self._mappings.values())
+        self._mappings.clear()
+
+    def read_u16(self, guest_address: int) -> int:
+        """One aligned little-endian 16-bit load from guest memory.
+
+        Raises:
+            PeerError: the address is not in guest memory.
+        """
+        for mapping in self._mappings.values():
+            if mapping.iova <= guest_address and guest_address + 2 <= mapping.iova + mapping.size:
+                address = mapping.address + guest_address - mapping.iova
+                return int(ffi.cast("volatile uint16_t *", address)[0])
+        raise PeerError(f"guest address {guest_address:#x} is not in guest memory")
+
+    # Entries out, entries in, in one batch where the kernel has it. On failure entries go back.
+    def _change(self, gone: Sequence[Mapping], new: Sequence[Mapping]) -> None:
+        removed: list[Mapping] = []
+        added: list[Mapping] = []
+        if self._batch:
+            self._device.iotlb_batch_begin()
+        try:
+            for mapping in gone:
+                self._device.iotlb_unmap(mapping.iova, mapping.size)
+                removed.append(mapping)
+            for mapping in new:
+                self._device.iotlb_map(mapping.iova, mapping.size, mapping.address)
+                added.append(mapping)
+        except KernelRefused as error:
+            with suppress(KernelRefused):
+                for mapping in added:
+                    self._device.iotlb_unmap(mapping.iova, mapping.size)
+                for mapping in removed:
+                    self._device.iotlb_map(mapping.iova, mapping.size, mapping.address)
+            raise self._explain(error, new) from None
+        finally:
+            if self._batch:
+                self._device.iotlb_batch_end()
+
+    # The kernel says EFAULT whatever happened; the locked-memory limit is the usual reason.
+    def _explain(self, error: KernelRefused, new: Sequence[Mapping]) -> BridgeError:
+        limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        needed = sum(m.size for m in new) + _pinned_bytes()
+        if limit != resource.RLIM_INFINITY and needed > limit:
+            return Unsupported(
+                f"guest memory needs {needed // 1024} KiB of locked memory, RLIMIT_MEMLOCK allows "
+                f"{limit // 1024} KiB",
+                "set LimitMEMLOCK=infinity in the unit, or ulimit -l unlimited",
+            )
+        return error
+
+
+def _unmap(mappings: Iterable[Mapping]) -> None:
+    for mapping in mappings:
+        lib.vb_unmap(mapping.map_address, mapping.map_length)
+
+
+def _pinned_bytes() -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").split("\n"):
+        if line.startswith("VmPin:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,139 @@
+"""A vhost-user socket over trio: whole messages in, whole messages out, no descriptor lost."""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+
+import trio
+
+from vhostbridge.backends.errors import PeerError, TransportLost
+from vhostbridge.backends.fds import OwnedFd, close_all
+
+from .codec import Decoder, Message, encode_reply, encode_request
+from .messages import Empty, Payload
+from .specs import Spec
+
+# Room for more descriptors than any message may carry, so that too many are seen as such.
+_ANCILLARY = socket.CMSG_SPACE(32 * array.array("i").itemsize)
+
+
+class Channel:
+    """One connected socket. One task receives; senders may be several.
+
+    Args:
+        sock: a connected ``AF_UNIX`` ``SOCK_STREAM`` socket; the channel owns it.
+        specs: whose requests travel here, ``FRONTEND_SPECS`` or ``BACKEND_SPECS``.
+        replies: whether this end receives replies (it sends the requests).
+        peer: what errors call the other side.
+    """
+
+    def __init__(
+        self,
+        sock: trio.socket.SocketType,
+        specs: Mapping[int, Spec],
+        *,
+        replies: bool,
+        peer: str,
+    ) -> None:
+        self._sock = sock
+        self._peer = peer
+        self._decoder = Decoder(specs, replies=replies, peer=peer)
+        self._sending = trio.Lock()
+        self._broken = False
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    @property
+    def peer_pid(self) -> int:
+        """The process at the other end when it connected; 0 where the kernel can't tell."""
+        size = struct.calcsize("3i")
+        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        return int(struct.unpack("3i", credentials)[0])
+
+    async def receive(self) -> Message | None:
+        """The next message, or ``None`` when the peer closed the socket between messages.
+
+        Cancelled, it leaves the stream as it was: there is no checkpoint between the system call
+        and the decoder.
+
+        Raises:
+            PeerError: the peer broke the protocol.
+            TransportLost: the connection broke, or ended inside a message.
+        """
+        while True:
+            with self._translate_errors():
+                data, ancillary, flags, _ = await self._sock.recvmsg(
+                    self._decoder.bytes_desired(), _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+                )
+            fds = _descriptors(ancillary)
+            if flags & socket.MSG_CTRUNC:
+                close_all(fds)
+                raise PeerError(f"the {self._peer} sent more file descriptors than fit")
+            if not data:
+                close_all(fds)
+                if self._decoder.at_boundary:
+                    return None
+                raise TransportLost(f"the {self._peer} went away in the middle of a message")
+            message = self._decoder.receive(data, fds)
+            if message is not None:
+                return message
+
+    async def send_request(
+        self,
+        request: IntEnum,
+        payload: Payload | None = None,
+        fds: Sequence[OwnedFd] = (),
+        *,
+        need_reply: bool = False,
+    ) -> None:
+        """Send a request; the caller keeps ``fds``."""
+        data = encode_request(request, payload or Empty(), need_reply=need_reply)
+        await self._send(data, fds)
+
+    async def send_reply(self, request: int, payload: Payload, fds: Sequence[OwnedFd] = ()) -> None:
+        """Send a reply in one piece; the caller keeps ``fds``."""
+        await self._send(encode_reply(request, payload), fds)
+
+    # A message that went out in part, and can't be finished, leaves the stream without framing.
+    async def _send(self, data: bytes, fds: Sequence[OwnedFd]) -> None:
+        numbers = array.array("i", [fd.fileno() for fd in fds])
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)] if fds else []
+        async with self._sending:
+            if self._broken:
+                raise TransportLost(f"the connection to the {self._peer} broke in a message")
+            with self._translate_errors():
+                sent = await self._sock.sendmsg([data], ancillary)
+                self._broken = sent < len(data)
+                while sent < len(data):
+                    sent += await self._sock.send(data[sent:])
+                self._broken = False
+
+    @contextmanager
+    def _translate_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = os.strerror(error.errno or errno.EPIPE)
+            raise TransportLost(f"lost the {self._peer}: {reason}") from error
+        except trio.ClosedResourceError:
+            raise TransportLost(f"the connection to the {self._peer} was closed") from None
+
+    def close(self) -> None:
+        self._sock.close()
+        self._decoder.close()
+
+
+def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[OwnedFd]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return [OwnedFd(fd) for fd in fds]

@@ -1,0 +1,160 @@
+"""The front-end's side of a connection: requests out, replies matched, back-end requests served."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
+from vhostbridge.backends.fds import OwnedFd
+
+from .channel import Channel
+from .codec import Message
+from .messages import U64, BackendRequest, Empty, Payload, ProtocolFeature, Request
+from .specs import BACKEND_SPECS, FRONTEND_SPECS
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    request: Request
+    done: trio.Event = field(default_factory=trio.Event)
+    reply: Message | None = None
+    error: BridgeError | None = None
+    abandoned: bool = False
+
+
+class Client:
+    """Speaks vhost-user to a back-end. ``serve`` must run in a task while requests are made."""
+
+    def __init__(self, sock: trio.socket.SocketType, target: str) -> None:
+        self.protocol = ProtocolFeature(0)
+        self.target = target
+        self._channel = Channel(sock, FRONTEND_SPECS, replies=True, peer=f"back-end {target}")
+        self._pending: deque[_Pending] = deque()
+        self._order = trio.Lock()
+        self._reverse: Channel | None = None
+        self._lost: BridgeError | None = None
+        #: Called for CONFIG_CHANGE_MSG.
+        self.on_config_change: Callable[[], None] = lambda: None
+
+    async def request(
+        self,
+        request: Request,
+        payload: Payload | None = None,
+        fds: Sequence[OwnedFd] = (),
+    ) -> Payload:
+        """Send a request and wait for its reply, or for its acknowledgement where one is to be had.
+
+        Raises:
+            PeerError: the back-end refused it, or broke the protocol.
+            TransportLost: the back-end went away; whether it acted is unknown.
+        """
+        message = await self._exchange(request, payload, fds)
+        if message is None:
+            return Empty()
+        message.close()
+        if FRONTEND_SPECS[request].reply is None:
+            assert isinstance(message.payload, U64)
+            if message.payload.value:
+                raise PeerError(
+                    f"back-end {self.target} refused {request.name} "
+                    f"(answer {message.payload.value})",
+                    "its own log says why",
+                )
+        return message.payload
+
+    async def _exchange(
+        self, request: Request, payload: Payload | None, fds: Sequence[OwnedFd]
+    ) -> Message | None:
+        native = FRONTEND_SPECS[request].reply is not None
+        acknowledged = ProtocolFeature.REPLY_ACK in self.protocol
+        pending = _Pending(request)
+        async with self._order:
+            if self._lost is not None:
+                raise self._lost
+            if native or acknowledged:
+                self._pending.append(pending)
+            need_reply = acknowledged and not native
+            await self._channel.send_request(request, payload, fds, need_reply=need_reply)
+        if not native and not acknowledged:
+            return None
+        try:
+            await pending.done.wait()
+        finally:
+            pending.abandoned = pending.reply is None
+        if pending.error is not None:
+            raise pending.error
+        return pending.reply
+
+    async def serve(self) -> BridgeError:
+        """Read until the connection ends; returns the reason, which pending requests get too."""
+        reason: BridgeError
+        try:
+            while (message := await self._channel.receive()) is not None:
+                self._deliver(message)
+            reason = TransportLost(f"back-end {self.target} closed the connection")
+        except BridgeError as error:
+            reason = error
+        self._lost = reason
+        for pending in self._pending:
+            pending.error = reason
+            pending.done.set()
+        self._pending.clear()
+        return reason
+
+    # Replies come in the order of their requests.
+    def _deliver(self, message: Message) -> None:
+        if not self._pending or self._pending[0].request != message.request:
+            message.close()
+            raise PeerError(f"back-end {self.target} answered {message.name}, which was not asked")
+        pending = self._pending.popleft()
+        if pending.abandoned:
+            message.close()
+        pending.reply = message
+        pending.done.set()
+
+    async def open_reverse(self) -> None:
+        """Give the back-end a channel for its own requests (SET_BACKEND_REQ_FD)."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        fd = OwnedFd(theirs.detach())
+        self._reverse = Channel(
+            trio.socket.from_stdlib_socket(ours),
+            BACKEND_SPECS,
+            replies=False,
+            peer=f"back-end {self.target}",
+        )
+        with fd:
+            await self.request(Request.SET_BACKEND_REQ_FD, fds=[fd])
+
+    async def serve_reverse(self) -> None:
+        """Answer the back-end's requests until it closes its channel or breaks the protocol.
+
+        Only configuration changes mean anything to us; the rest was not negotiated and is
+        refused.
+        """
+        channel = self._reverse
+        if channel is None:
+            return
+        try:
+            while (message := await channel.receive()) is not None:
+                message.close()
+                known = message.request == BackendRequest.CONFIG_CHANGE_MSG
+                if known:
+                    self.on_config_change()
+                if message.need_reply:
+                    await channel.send_reply(message.request, U64(0 if known else 1))
+        except BridgeError:
+            # The front-end channel notices a back-end that is gone; a broken reverse channel
+            # alone costs no more than its notifications.
+            pass
+        finally:
+            channel.close()
+
+    def close(self) -> None:
+        self._channel.close()
+        if self._reverse is not None:
+            self._reverse.close()

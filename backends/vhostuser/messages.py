@@ -1,0 +1,405 @@
+"""The vhost-user wire vocabulary: requests, feature bits and one dataclass per payload.
+
+Nothing here does I/O. Integers are in the machine's own byte order, as the protocol has them.
+Source: QEMU's ``docs/interop/vhost-user.rst``.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import astuple, dataclass
+from enum import IntEnum, IntFlag
+from typing import ClassVar, Self
+
+HEADER = struct.Struct("=III")
+MAX_REGIONS = 8
+MAX_FDS = 8
+MAX_CONFIG = 256
+# Largest request we take; only the reply to GET_SHMEM_CONFIG (2056) and crypto come near.
+MAX_PAYLOAD = 4096
+
+
+class Flags(IntFlag):
+    """The header's flag word."""
+
+    VERSION = 0x1
+    VERSION_MASK = 0x3
+    REPLY = 0x4
+    NEED_REPLY = 0x8
+
+
+class ProtocolFeature(IntFlag):
+    """Bits of GET/SET_PROTOCOL_FEATURES."""
+
+    MQ = 1 << 0
+    LOG_SHMFD = 1 << 1
+    RARP = 1 << 2
+    REPLY_ACK = 1 << 3
+    NET_MTU = 1 << 4
+    BACKEND_REQ = 1 << 5
+    CROSS_ENDIAN = 1 << 6
+    CRYPTO_SESSION = 1 << 7
+    PAGEFAULT = 1 << 8
+    CONFIG = 1 << 9
+    BACKEND_SEND_FD = 1 << 10
+    HOST_NOTIFIER = 1 << 11
+    INFLIGHT_SHMFD = 1 << 12
+    RESET_DEVICE = 1 << 13
+    INBAND_NOTIFICATIONS = 1 << 14
+    CONFIGURE_MEM_SLOTS = 1 << 15
+    STATUS = 1 << 16
+    XEN_MMAP = 1 << 17
+    SHARED_OBJECT = 1 << 18
+    DEVICE_STATE = 1 << 19
+    GET_VRING_BASE_INFLIGHT = 1 << 20
+    GPA_ADDRESSES = 1 << 21
+    SHMEM = 1 << 22
+
+
+class Request(IntEnum):
+    """Messages that a front-end sends."""
+
+    GET_FEATURES = 1
+    SET_FEATURES = 2
+    SET_OWNER = 3
+    RESET_OWNER = 4
+    SET_MEM_TABLE = 5
+    SET_LOG_BASE = 6
+    SET_LOG_FD = 7
+    SET_VRING_NUM = 8
+    SET_VRING_ADDR = 9
+    SET_VRING_BASE = 10
+    GET_VRING_BASE = 11
+    SET_VRING_KICK = 12
+    SET_VRING_CALL = 13
+    SET_VRING_ERR = 14
+    GET_PROTOCOL_FEATURES = 15
+    SET_PROTOCOL_FEATURES = 16
+    GET_QUEUE_NUM = 17
+    SET_VRING_ENABLE = 18
+    SEND_RARP = 19
+    NET_SET_MTU = 20
+    SET_BACKEND_REQ_FD = 21
+    IOTLB_MSG = 22
+    SET_VRING_ENDIAN = 23
+    GET_CONFIG = 24
+    SET_CONFIG = 25
+    CREATE_CRYPTO_SESSION = 26
+    CLOSE_CRYPTO_SESSION = 27
+    POSTCOPY_ADVISE = 28
+    POSTCOPY_LISTEN = 29
+    POSTCOPY_END = 30
+    GET_INFLIGHT_FD = 31
+    SET_INFLIGHT_FD = 32
+    GPU_SET_SOCKET = 33
+    RESET_DEVICE = 34
+    VRING_KICK = 35
+    GET_MAX_MEM_SLOTS = 36
+    ADD_MEM_REG = 37
+    REM_MEM_REG = 38
+    SET_STATUS = 39
+    GET_STATUS = 40
+    GET_SHARED_OBJECT = 41
+    SET_DEVICE_STATE_FD = 42
+    CHECK_DEVICE_STATE = 43
+    GET_SHMEM_CONFIG = 44
+
+
+class BackendRequest(IntEnum):
+    """Messages that a back-end sends on the channel of SET_BACKEND_REQ_FD."""
+
+    IOTLB_MSG = 1
+    CONFIG_CHANGE_MSG = 2
+    VRING_HOST_NOTIFIER_MSG = 3
+    VRING_CALL = 4
+    VRING_ERR = 5
+    SHARED_OBJECT_ADD = 6
+    SHARED_OBJECT_REMOVE = 7
+    SHARED_OBJECT_LOOKUP = 8
+    SHMEM_MAP = 9
+    SHMEM_UNMAP = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Empty:
+    """No payload."""
+
+    def pack(self) -> bytes:
+        return b""
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        if data:
+            raise ValueError(f"{len(data)} bytes where none belong")
+        return cls()
+
+
+class _Fixed:
+    """A payload whose fields follow each other in one ``struct`` format."""
+
+    LAYOUT: ClassVar[struct.Struct]
+    __slots__ = ()
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(*astuple(self))  # type: ignore[call-overload]
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        if len(data) != cls.LAYOUT.size:
+            raise ValueError(f"{len(data)} bytes, expected {cls.LAYOUT.size}")
+        return cls(*cls.LAYOUT.unpack(data))
+
+
+@dataclass(frozen=True, slots=True)
+class U64(_Fixed):
+    LAYOUT: ClassVar = struct.Struct("=Q")
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class VringState(_Fixed):
+    """``num`` is a size, a base, an enable flag or a byte order, as the request says."""
+
+    LAYOUT: ClassVar = struct.Struct("=II")
+    index: int
+    num: int
+
+
+@dataclass(frozen=True, slots=True)
+class VringAddr(_Fixed):
+    """Ring areas as front-end user addresses (note: used stands before avail)."""
+
+    LAYOUT: ClassVar = struct.Struct("=IIQQQQ")
+    index: int
+    flags: int
+    descriptor: int
+    used: int
+    avail: int
+    log: int
+
+
+@dataclass(frozen=True, slots=True)
+class VringFd:
+    """A ring index, and whether an eventfd comes with it (bit 8 says that none does)."""
+
+    index: int
+    has_fd: bool
+
+    def pack(self) -> bytes:
+        return struct.pack("=Q", self.index | (0 if self.has_fd else 0x100))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        value = U64.unpack(data).value
+        if value & ~0x1FF:
+            raise ValueError(f"unknown bits in vring index {value:#x}")
+        return cls(value & 0xFF, not value & 0x100)
+
+
+@dataclass(frozen=True, slots=True)
+class Region(_Fixed):
+    """One guest memory region, in bytes; ``mmap_offset`` is where it starts in its fd."""
+
+    LAYOUT: ClassVar = struct.Struct("=QQQQ")
+    guest_address: int
+    size: int
+    user_address: int
+    mmap_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemTable:
+    """SET_MEM_TABLE: only as many regions as are counted are on the wire."""
+
+    regions: tuple[Region, ...]
+
+    def pack(self) -> bytes:
+        return struct.pack("=II", len(self.regions), 0) + b"".join(r.pack() for r in self.regions)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        if len(data) < 8:
+            raise ValueError(f"{len(data)} bytes, expected at least 8")
+        count, _ = struct.unpack_from("=II", data)
+        size = Region.LAYOUT.size
+        if count > MAX_REGIONS:
+            raise ValueError(f"{count} memory regions, at most {MAX_REGIONS} are allowed")
+        if len(data) != 8 + count * size:
+            raise ValueError(f"{len(data)} bytes for {count} memory regions")
+        return cls(tuple(Region.unpack(data[at : at + size]) for at in range(8, len(data), size)))
+
+
+@dataclass(frozen=True, slots=True)
+class MemReg:
+    """ADD_MEM_REG and REM_MEM_REG: one region behind eight bytes of padding."""
+
+    region: Region
+
+    def pack(self) -> bytes:
+        return bytes(8) + self.region.pack()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        if len(data) != 40:
+            raise ValueError(f"{len(data)} bytes, expected 40")
+        return cls(Region.unpack(data[8:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Log(_Fixed):
+    """SET_LOG_BASE: size in bytes and offset in the fd of the dirty bitmap."""
+
+    LAYOUT: ClassVar = struct.Struct("=QQ")
+    size: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Iotlb(_Fixed):
+    LAYOUT: ClassVar = struct.Struct("=QQQBB6x")
+    iova: int
+    size: int
+    user_address: int
+    perm: int
+    type: int
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """GET_CONFIG and SET_CONFIG. In a failed GET_CONFIG's reply everything is zero and empty."""
+
+    offset: int
+    flags: int
+    data: bytes
+
+    def pack(self) -> bytes:
+        return struct.pack("=III", self.offset, len(self.data), self.flags) + self.data
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        if len(data) < 12:
+            raise ValueError(f"{len(data)} bytes, expected at least 12")
+        offset, size, flags = struct.unpack_from("=III", data)
+        if size > MAX_CONFIG or offset + size > MAX_CONFIG:
+            raise ValueError(f"config bytes {offset}+{size} lie beyond {MAX_CONFIG}")
+        if len(data) != 12 + size:
+            raise ValueError(f"{len(data) - 12} config bytes, {size} announced")
+        return cls(offset, flags, data[12:])
+
+
+@dataclass(frozen=True, slots=True)
+class VringArea(_Fixed):
+    LAYOUT: ClassVar = struct.Struct("=QQQ")
+    index: int
+    size: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inflight:
+    """The in-flight buffer's description. QEMU sends 24 bytes, others leave the padding out."""
+
+    mmap_size: int
+    mmap_offset: int
+    queues: int
+    queue_size: int
+
+    def pack(self) -> bytes:
+        return struct.pack(
+            "=QQHH4x", self.mmap_size, self.mmap_offset, self.queues, self.queue_size
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        if len(data) not in (20, 24):
+            raise ValueError(f"{len(data)} bytes, expected 24")
+        return cls(*struct.unpack_from("=QQHH", data))
+
+
+@dataclass(frozen=True, slots=True)
+class Uuid:
+    """A shared object's UUID, as bytes. QEMU's GET_SHARED_OBJECT leaves it out."""
+
+    value: bytes
+
+    def pack(self) -> bytes:
+        return self.value
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        if len(data) not in (0, 16):
+            raise ValueError(f"{len(data)} bytes, expected 16")
+        return cls(data)
+
+
+@dataclass(frozen=True, slots=True)
+class StateTransfer(_Fixed):
+    """SET_DEVICE_STATE_FD: direction 0 saves, 1 loads; phase 0 (stopped) is the only one."""
+
+    LAYOUT: ClassVar = struct.Struct("=II")
+    direction: int
+    phase: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mmap(_Fixed):
+    LAYOUT: ClassVar = struct.Struct("=B7xQQQQ")
+    shmid: int
+    fd_offset: int
+    shm_offset: int
+    length: int
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShmemConfig:
+    """Sizes in bytes of the shared memory regions, indexed by their id; zero is none."""
+
+    count: int
+    sizes: tuple[int, ...]
+
+    def pack(self) -> bytes:
+        return struct.pack("=II256Q", self.count, 0, *self.sizes)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        if len(data) != 2056:
+            raise ValueError(f"{len(data)} bytes, expected 2056")
+        count, _, *sizes = struct.unpack("=II256Q", data)
+        return cls(count, tuple(sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """Bytes that are passed on or ignored, not looked into."""
+
+    data: bytes
+
+    def pack(self) -> bytes:
+        return self.data
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        return cls(data)
+
+
+Payload = (
+    Empty
+    | U64
+    | VringState
+    | VringAddr
+    | VringFd
+    | Region
+    | MemTable
+    | MemReg
+    | Log
+    | Iotlb
+    | Config
+    | VringArea
+    | Inflight
+    | Uuid
+    | StateTransfer
+    | Mmap
+    | ShmemConfig
+    | Raw
+)

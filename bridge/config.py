@@ -1,0 +1,112 @@
+"""What one bridge is told: from the command line or from a TOML file with many bridges."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vhostbridge.backends import check_backend
+from vhostbridge.backends.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
+_KEYS = {
+    "name": str,
+    "listen": str,
+    "connect": str,
+    "fd": int,
+    "backend": str,
+    "socket-mode": str,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BridgeConfig:
+    """One bridge: a front-end socket (exactly one of the three) and a back-end URI.
+
+    Raises:
+        ConfigError: on construction, when something is missing, too much or malformed.
+    """
+
+    name: str
+    backend: str
+    listen: str | None = None
+    connect: str | None = None
+    fd: int | None = None
+    socket_mode: int = 0o600
+
+    def __post_init__(self) -> None:
+        if not _NAME.match(self.name):
+            raise ConfigError(
+                f"{self.name!r} is no bridge name", "letters, digits, dot, dash and underscore"
+            )
+        given = [x for x in (self.listen, self.connect, self.fd) if x is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"bridge {self.name} needs exactly one of listen, connect and fd",
+                "listen: the VMM connects to us; connect: the VMM listens (server=on)",
+            )
+        check_backend(self.backend)
+
+
+def parse_mode(text: str) -> int:
+    """A socket's permission bits from octal digits.
+
+    Raises:
+        ConfigError: it is no such number.
+    """
+    if not re.fullmatch(r"0?[0-7]{3}", text):
+        raise ConfigError(f"{text!r} is no socket mode", "three octal digits, such as 0660")
+    return int(text, 8)
+
+
+def load_config(path: Path) -> list[BridgeConfig]:
+    """Read a file of ``[[bridge]]`` tables.
+
+    Raises:
+        ConfigError: it can't be read, is no TOML, or a bridge in it is wrong.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    tables = document.pop("bridge", None)
+    if document or not isinstance(tables, list) or not tables:
+        raise ConfigError(f"{path}: expected [[bridge]] tables and nothing else")
+    bridges = [_bridge(path, number, table) for number, table in enumerate(tables, 1)]
+    for key in ("name", "listen"):
+        seen = [getattr(bridge, key) for bridge in bridges if getattr(bridge, key) is not None]
+        twice = {value for value in seen if seen.count(value) > 1}
+        if twice:
+            raise ConfigError(f"{path}: {key} {sorted(twice)[0]!r} is used twice")
+    return bridges
+
+
+def _bridge(path: Path, number: int, table: object) -> BridgeConfig:
+    where = f"{path}: bridge {number}"
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where} is no table")
+    for key, value in table.items():
+        kind = _KEYS.get(key)
+        if kind is None:
+            raise ConfigError(f"{where}: unknown key {key!r}", f"known: {', '.join(_KEYS)}")
+        if type(value) is not kind:
+            raise ConfigError(f"{where}: {key} must be a {kind.__name__}")
+    missing = {"name", "backend"} - table.keys()
+    if missing:
+        raise ConfigError(f"{where}: {sorted(missing)[0]} is missing")
+    try:
+        return BridgeConfig(
+            name=table["name"],
+            backend=table["backend"],
+            listen=table.get("listen"),
+            connect=table.get("connect"),
+            fd=table.get("fd"),
+            socket_mode=parse_mode(table.get("socket-mode", "600")),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.message}", error.hint) from None

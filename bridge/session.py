@@ -1,0 +1,276 @@
+"""One front-end connection: it gathers what the messages say and keeps the device in step.
+
+vhost-vdpa wants everything before DRIVER_OK, front-ends come in several orders and some never say
+"start". So messages only change what the session knows; ``_apply`` brings the device to it, at
+DRIVER_OK, at the first kick, or when the front-end has fallen silent.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+
+import trio
+
+from vhostbridge.backends.device import Device, State, Status
+from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
+from vhostbridge.backends.fds import close_all
+from vhostbridge.backends.vhostuser.channel import Channel
+from vhostbridge.backends.vhostuser.codec import Message
+from vhostbridge.backends.vhostuser.messages import (
+    U64,
+    BackendRequest,
+    Config,
+    Payload,
+    ProtocolFeature,
+    Request,
+)
+from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
+from vhostbridge.backends.virtio import TransportFeature
+
+from .memory import MemoryTable
+from .vring import FrontendVring
+
+# How long a front-end must be silent before an incomplete set-up is taken as complete, in
+# seconds. Front-ends send a set-up in one go, microseconds apart.
+QUIET = 0.02
+
+
+# How long the device may take to stop when its front-end has gone, in seconds. VDUSE gives its
+# processes 30.
+LEAVE = 35.0
+
+Handler = Callable[["Session", Message], Awaitable[Payload | None]]
+
+
+class Session:
+    """Serves one connected front-end until it leaves.
+
+    The message handlers are in ``handlers``; this class holds what they share: the front-end's
+    vrings, memory and negotiated features, and when the device follows.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        channel: Channel,
+        device: Device,
+        handlers: Mapping[int, Handler],
+    ) -> None:
+        self.name = name
+        self.device = device
+        self.log = logging.LoggerAdapter(logging.getLogger("vhostbridge.session"), {"bridge": name})
+        self.features = 0
+        self.protocol = ProtocolFeature(0)
+        self.status = 0
+        self.memory = MemoryTable()
+        self.vrings: dict[int, FrontendVring] = {}
+        #: Towards the front-end, from SET_BACKEND_REQ_FD.
+        self.reverse: Channel | None = None
+        self._channel = channel
+        self._handlers = handlers
+        self._config_changed = trio.Event()
+
+    @property
+    def packed(self) -> bool:
+        return bool(self.features & TransportFeature.RING_PACKED.mask)
+
+    # The loop
+
+    async def run(self) -> None:
+        """Serve until the front-end closes the connection; the device is reset afterwards.
+
+        Raises:
+            PeerError: the front-end broke the protocol or asked what can't be.
+            TransportLost: a connection broke, or the back-end failed.
+        """
+        failed = ""
+
+        def on_failure(reason: str) -> None:
+            nonlocal failed
+            failed = reason
+            nursery.cancel_scope.cancel()
+
+        try:
+            async with trio.open_nursery() as nursery:
+                self.device.on_config_change = lambda: self._config_changed.set()
+                self.device.on_failure = on_failure
+                nursery.start_soon(self._notify_config_changes)
+                await self._serve_messages()
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.move_on_after(LEAVE) as scope:
+                scope.shield = True
+                await self._leave()
+            if scope.cancelled_caught:
+                self.device.fail(f"it did not stop within {LEAVE:g} s")
+        if failed:
+            raise TransportLost(f"the device failed: {failed}")
+
+    async def _serve_messages(self) -> None:
+        while True:
+            if self._out_of_step and not await self._message_comes_first():
+                await self.apply()
+                continue
+            message = await self._channel.receive()
+            if message is None:
+                return
+            await self._handle(message)
+
+    async def _handle(self, message: Message) -> None:
+        try:
+            handler = self._handlers.get(message.request)
+            self._check_negotiated(message)
+            if handler is None:
+                raise PeerError(
+                    f"the front-end sent {message.name}, which the bridge does not know"
+                )
+            reply = await handler(self, message)
+        except BridgeError as error:
+            refusal = self._refusal(message)
+            if refusal is None or self.device.state is State.FAILED:
+                raise
+            self.log.warning("%s: refused %s: %s", self.name, message.name, error)
+            reply = refusal
+        finally:
+            message.close()
+        if reply is None and self._wants_ack(message):
+            reply = U64(0)
+        if reply is not None:
+            await self._channel.send_reply(message.request, reply)
+
+    def _check_negotiated(self, message: Message) -> None:
+        spec = FRONTEND_SPECS.get(message.request)
+        if spec is not None and spec.needs is not None and spec.needs not in self.protocol:
+            raise PeerError(
+                f"the front-end sent {message.name} without having negotiated {spec.needs.name}"
+            )
+
+    def _wants_ack(self, message: Message) -> bool:
+        spec = FRONTEND_SPECS.get(message.request)
+        native = spec is not None and spec.reply is not None
+        return message.need_reply and not native and ProtocolFeature.REPLY_ACK in self.protocol
+
+    # How to say no; None where the protocol has no way to, and only hanging up is left.
+    def _refusal(self, message: Message) -> Payload | None:
+        if message.request == Request.GET_CONFIG:
+            return Config(0, 0, b"")
+        return U64(1) if self._wants_ack(message) else None
+
+    # Keeping the device in step
+
+    def vring(self, index: int) -> FrontendVring:
+        """The record of a vring, made at its first mention.
+
+        Raises:
+            PeerError: the device has no such vring.
+        """
+        if index >= self.device.info.vring_limit:
+            raise PeerError(
+                f"vring {index} is beyond the {self.device.info.vring_limit} vrings of "
+                f"{self.device.info.target}"
+            )
+        if index not in self.vrings:
+            enabled = bool(self.features) and not self._enables_explicitly
+            self.vrings[index] = FrontendVring(index, enabled=enabled)
+        return self.vrings[index]
+
+    # Without bit 30 there is no SET_VRING_ENABLE: rings are enabled from SET_FEATURES on.
+    @property
+    def _enables_explicitly(self) -> bool:
+        return bool(self.features & TransportFeature.PROTOCOL_FEATURES.mask)
+
+    @property
+    def _may_start(self) -> bool:
+        if ProtocolFeature.STATUS in self.protocol:
+            return bool(self.status & Status.DRIVER_OK)
+        return any(v.enabled and v.ready for v in self.vrings.values())
+
+    @property
+    def _out_of_step(self) -> bool:
+        vrings = self.vrings.values()
+        if any(v.running for v in vrings) and self.device.state is State.SUSPENDED:
+            return True
+        return self._may_start and any(v.ready and not v.running for v in vrings)
+
+    async def _message_comes_first(self) -> bool:
+        fds = [v.kick for v in self.vrings.values() if v.kick and v.ready and not v.running]
+        first = False
+        with trio.move_on_after(QUIET):
+            async with trio.open_nursery() as nursery:
+
+                async def wait(fd: int, is_message: bool) -> None:
+                    nonlocal first
+                    await trio.lowlevel.wait_readable(fd)
+                    first = is_message
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(wait, self._channel.fileno(), True)
+                for number in {fd.fileno() for fd in fds}:
+                    nursery.start_soon(wait, number, False)
+        return first
+
+    async def apply(self) -> None:
+        """Make the device run what the front-end has set up.
+
+        Raises:
+            BridgeError: the device can't; it does not run.
+        """
+        may_start = self._may_start
+        vrings = [v for v in self.vrings.values() if v.running or (v.ready and may_start)]
+        if not vrings:
+            return
+        setups = [v.setup(self.memory, self.packed) for v in vrings]
+        await self.device.run(self.features & ~TransportFeature.PROTOCOL_FEATURES.mask, setups)
+        for vring in vrings:
+            vring.running, vring.base = True, None
+        self.log.info("%s: running vrings %s", self.name, ", ".join(str(v.index) for v in vrings))
+
+    async def stop_all(self) -> None:
+        """Suspend the device and remember where every vring stopped."""
+        for vring in self.vrings.values():
+            if vring.running:
+                vring.stop(await self.device.stop_vring(vring.index))
+
+    async def set_memory(self, table: MemoryTable) -> None:
+        """Replace guest memory; on failure the old table stays and the new one is the caller's."""
+        await self.device.set_memory(table.regions)
+        old, self.memory = self.memory, table
+        old.close_unused(table)
+
+    # Configuration changes
+
+    async def _notify_config_changes(self) -> None:
+        while True:
+            await self._config_changed.wait()
+            self._config_changed = trio.Event()
+            if self.reverse is not None:
+                with suppress(TransportLost):
+                    await self.reverse.send_request(BackendRequest.CONFIG_CHANGE_MSG)
+
+    # The end
+
+    async def _leave(self) -> None:
+        self.device.on_config_change = lambda: None
+        self.device.on_failure = lambda reason: None
+        self._channel.close()
+        if self.reverse is not None:
+            self.reverse.close()
+        try:
+            if self.device.state not in (State.FAILED, State.CLOSED):
+                await self._clear_device()
+        except BridgeError as error:
+            self.device.fail(str(error))
+            self.log.error("%s: could not reset the device: %s", self.name, error)
+        finally:
+            for vring in self.vrings.values():
+                vring.close()
+            close_all(region.fd for region in self.memory.regions)
+
+    # Suspended first, so that requests in flight are complete before guest memory goes.
+    async def _clear_device(self) -> None:
+        if self.device.state is State.RUNNING:
+            await self.device.suspend()
+        await self.device.reset()
+        await self.device.set_memory([])

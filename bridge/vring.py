@@ -1,0 +1,106 @@
+"""One vring as the front-end describes it, message by message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vhostbridge.backends.device import DeviceInfo, VringSetup
+from vhostbridge.backends.errors import PeerError, Unsupported
+from vhostbridge.backends.fds import OwnedFd, close_all
+from vhostbridge.backends.vhostuser.messages import VringAddr
+from vhostbridge.backends.virtio import ring_areas
+
+from .memory import MemoryTable
+
+# Where a packed ring starts: both indices 0, both wrap counters 1.
+PACKED_START = 0x80008000
+
+
+@dataclass(slots=True)
+class FrontendVring:
+    """What a front-end said of a vring, and whether the device runs it.
+
+    ``base`` is ``None`` while the device knows better. ``set_up`` says that SET_VRING_KICK came
+    (with a descriptor or without), which is what starts a ring; GET_VRING_BASE undoes it.
+    """
+
+    index: int
+    size: int = 0
+    base: int | None = None
+    address: VringAddr | None = None
+    kick: OwnedFd | None = None
+    call: OwnedFd | None = None
+    err: OwnedFd | None = None
+    enabled: bool = False
+    set_up: bool = False
+    running: bool = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether it could run: size, addresses and kick are there."""
+        return self.set_up and self.size > 0 and self.address is not None
+
+    def check_size(self, size: int, info: DeviceInfo, packed: bool) -> None:
+        """Refuse a size that the device can't have.
+
+        Raises:
+            Unsupported: more than the device's maximum.
+            PeerError: no size at all, or not a power of two in a split ring.
+        """
+        if size > info.vring_size_max:
+            raise Unsupported(
+                f"vring {self.index} wants {size} entries, {info.target} has {info.vring_size_max} "
+                "at most",
+                "lower the queue size of the front-end (queue-size=)",
+            )
+        if size == 0 or (size & (size - 1) and not packed):
+            raise PeerError(f"vring {self.index} can't have {size} entries")
+
+    def setup(self, table: MemoryTable, packed: bool) -> VringSetup:
+        """The vring in guest addresses.
+
+        Raises:
+            PeerError: an area is not in guest memory, or misaligned.
+        """
+        assert self.address is not None
+        areas = ring_areas(self.size, packed)
+        place = {
+            "descriptor area": (self.address.descriptor, areas.descriptor, areas.descriptor_align),
+            "driver area": (self.address.avail, areas.driver, areas.driver_align),
+            "device area": (self.address.used, areas.device, areas.device_align),
+        }
+        guest = {}
+        for name, (address, size, align) in place.items():
+            what = f"the {name} of vring {self.index}"
+            guest[name] = table.guest_address(address, size, what)
+            if guest[name] % align:
+                raise PeerError(f"{what} at {guest[name]:#x} is not aligned to {align} bytes")
+        base = self.base
+        if base is None and not self.running:
+            base = PACKED_START if packed else 0
+        return VringSetup(
+            index=self.index,
+            size=self.size,
+            descriptor_area=guest["descriptor area"],
+            driver_area=guest["driver area"],
+            device_area=guest["device area"],
+            base=base,
+            kick=self.kick,
+            call=self.call,
+            err=self.err,
+            enabled=self.enabled,
+        )
+
+    def stop(self, base: int | None) -> None:
+        """Forget the eventfds, as back-ends do at GET_VRING_BASE; the front-end sends new ones.
+
+        The error eventfd stays: QEMU sends it once per connection.
+        """
+        close_all((self.kick, self.call))
+        self.kick = self.call = None
+        self.set_up = self.running = False
+        self.base = base
+
+    def close(self) -> None:
+        close_all((self.kick, self.call, self.err))
+        self.kick = self.call = self.err = None

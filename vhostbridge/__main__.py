@@ -1,0 +1,5 @@
+"""``python -m vhostbridge`` is the ``vhost-bridge`` command."""
+
+from vhostbridge.cli import main
+
+main()
