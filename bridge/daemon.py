@@ -43,6 +43,7 @@ class Bridge:
         endpoint = open_endpoint(self.config)
         try:
             started = False
+            told = ""
             while True:
                 try:
                     async with open_device(self.config.backend) as device:
@@ -57,7 +58,9 @@ class Bridge:
                     cause = find_bridge_error(error)
                     if cause is None or not started:
                         raise
-                    _log.debug("%s: %s", self.name, cause)
+                    if str(cause) != told:
+                        told = str(cause)
+                        _log.warning("%s: waiting for the back-end: %s", self.name, cause)
                 await trio.sleep(RETRY)
         finally:
             endpoint.close()
@@ -80,14 +83,18 @@ class Bridge:
         channel = Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end")
         peer = channel.peer_pid
         _log.info("%s: front-end connected (pid %d)", self.name, peer)
+        left = False
         try:
             await Session(self.name, channel, device, HANDLERS).run()
-        except (BridgeError, BaseExceptionGroup) as error:
-            cause = find_bridge_error(error)
-            if cause is None:
-                raise
-            _log.error("%s: front-end (pid %d) cut off: %s", self.name, peer, cause)
-        else:
+            left = True
+        except* BridgeError as group:
+            _log.error(
+                "%s: front-end (pid %d) cut off: %s", self.name, peer, find_bridge_error(group)
+            )
+        except* Exception:
+            # A bug of ours costs this front-end its connection, not the other bridges theirs.
+            _log.exception("%s: internal error, front-end (pid %d) cut off", self.name, peer)
+        if left:
             _log.info("%s: front-end (pid %d) left", self.name, peer)
 
 

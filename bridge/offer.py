@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from vhostbridge.backends.device import DeviceInfo
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
 from vhostbridge.backends.virtio import TransportFeature, feature_names
 
-# Bits that can't cross: legacy ones, those of vhost alone, ACCESS_PLATFORM (the bridge's own
-# business towards vDPA: IOVA equals guest physical address), and those whose mechanism neither
-# vhost-user nor vhost-vdpa carries.
-_HIDDEN = (
-    TransportFeature.NOTIFY_ON_EMPTY.mask
-    | TransportFeature.LOG_ALL.mask
-    | TransportFeature.PROTOCOL_FEATURES.mask
-    | TransportFeature.ACCESS_PLATFORM.mask
-    | TransportFeature.SR_IOV.mask
-    | TransportFeature.NOTIFICATION_DATA.mask
-    | TransportFeature.NOTIF_CONFIG_DATA.mask
-    | TransportFeature.RING_RESET.mask
-    | TransportFeature.ADMIN_VQ.mask
-    | TransportFeature.SUSPEND.mask
+_NEITHER = "neither vhost-user nor vhost-vdpa has a way to do it"
+
+#: Device features that no front-end is offered, and why not.
+HIDDEN: Mapping[TransportFeature, str] = MappingProxyType(
+    {
+        TransportFeature.NOTIFY_ON_EMPTY: "legacy",
+        TransportFeature.LOG_ALL: "belongs to vhost, not to the device",
+        TransportFeature.PROTOCOL_FEATURES: "belongs to vhost-user, not to the device",
+        TransportFeature.ACCESS_PLATFORM: "the bridge's own business: it maps guest memory so "
+        "that device addresses are guest addresses",
+        TransportFeature.SR_IOV: _NEITHER,
+        TransportFeature.NOTIFICATION_DATA: _NEITHER,
+        TransportFeature.NOTIF_CONFIG_DATA: _NEITHER,
+        TransportFeature.RING_RESET: _NEITHER,
+        TransportFeature.ADMIN_VQ: _NEITHER,
+        TransportFeature.SUSPEND: _NEITHER,
+    }
 )
+_HIDDEN_MASK = sum(feature.mask for feature in HIDDEN)
 
 
 def offered_features(info: DeviceInfo) -> int:
     """The answer to GET_FEATURES."""
-    return info.features & ~_HIDDEN | TransportFeature.PROTOCOL_FEATURES.mask
+    return info.features & ~_HIDDEN_MASK | TransportFeature.PROTOCOL_FEATURES.mask
 
 
 def offered_protocol(info: DeviceInfo) -> ProtocolFeature:

@@ -131,9 +131,9 @@ class Chardev:
 
     def _config(self, name: str, request: int, offset: int, data: bytes) -> bytes:
         header = offset.to_bytes(4, "little") + len(data).to_bytes(4, "little")
-        buffer = ffi.new("uint8_t[]", header + data)
-        self._ioctl(f"{name} {offset}+{len(data)}", request, buffer)
-        return bytes(ffi.buffer(buffer))[len(header) :]
+        buffer = bytearray(header + data)
+        self._ioctl(f"{name} {offset}+{len(data)}", request, ffi.from_buffer(buffer))
+        return bytes(buffer[len(header) :])
 
     def config(self, offset: int, size: int) -> bytes:
         return self._config("GET_CONFIG", lib.VHOST_VDPA_GET_CONFIG, offset, bytes(size))

@@ -76,13 +76,15 @@ class VdpaDevice(Device):
         self._features = 0
         # Whether the device itself was reset although the model says SUSPENDED (no SUSPEND ioctl).
         self._must_restart = False
+        # A thread of its own: a VDUSE process that hangs must not use up everybody's threads.
+        self._thread = trio.CapacityLimiter(1)
         self._config_call = new_eventfd()
         self._config_changed = False
         self.info = _describe(target, chardev)
         self.capabilities = _capabilities(self.backend_features)
 
     async def _call(self, function: Callable[..., T], *args: object) -> T:
-        return await trio.to_thread.run_sync(function, *args)
+        return await trio.to_thread.run_sync(function, *args, limiter=self._thread)
 
     # Configuration
 

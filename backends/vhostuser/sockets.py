@@ -23,6 +23,9 @@ async def connect(path: str) -> trio.socket.SocketType:
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         await sock.connect(path)
+        # A full queue of waiting connections is EAGAIN, which trio takes for a connection under
+        # way; only a connected socket has a peer.
+        sock.getpeername()
     except OSError as error:
         sock.close()
         raise _connect_error(path, error) from None
@@ -39,6 +42,11 @@ def _connect_error(path: str, error: OSError) -> TargetError:
         return TargetError(f"nobody listens on {path}", "its server has gone: start it again")
     if error.errno in (errno.EACCES, errno.EPERM):
         return TargetError(f"no permission to connect to {path}", "connecting needs write access")
+    if error.errno == errno.ENOTCONN:
+        return TargetError(
+            f"{path} takes no more connections: too many wait for it already",
+            "its server is busy with one of them, or hangs",
+        )
     if error.errno is None:  # Python's own: the name does not fit into a socket address
         return TargetError(f"socket path {path} is too long", "107 bytes is the most")
     return TargetError(f"cannot connect to {path}: {os.strerror(error.errno)}")

@@ -10,6 +10,8 @@ import pytest
 from tests.rig.product import build_wheel
 from tests.rig.vm import Vm
 
+from .checks import GuestChecks
+
 HERE = Path(__file__).parent
 
 
@@ -25,3 +27,14 @@ def vm() -> Iterator[Vm]:
     """The session's virtual machine, with the working tree's wheel."""
     with Vm(wheel=build_wheel()) as machine:
         yield machine
+
+
+@pytest.fixture(scope="session")
+def guest(vm: Vm, request: pytest.FixtureRequest) -> GuestChecks:
+    """Runs the guest's side of tests; only the checks that this session selected."""
+    wanted: dict[str, list[str]] = {}
+    for item in request.session.items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and {"module", "check"} <= callspec.params.keys():
+            wanted.setdefault(callspec.params["module"], []).append(callspec.params["check"])
+    return GuestChecks(vm, wanted)

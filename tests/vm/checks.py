@@ -1,0 +1,69 @@
+"""Checks that run inside the virtual machine, as tests of this side: one test each."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.rig.job import Completed
+from tests.rig.vm import Vm
+
+GUEST = Path(__file__).parent / "guest"
+
+
+def checks_of(module: str) -> list[str]:
+    """The names of a guest module's checks, in their order."""
+    tree = ast.parse((GUEST / f"{module}.py").read_text())
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return [name.removeprefix("check_") for name in functions if name.startswith("check_")]
+
+
+@dataclass(slots=True)
+class GuestChecks:
+    """Runs checks: all that are wanted of a module in one process, because imports are slow."""
+
+    vm: Vm
+    wanted: dict[str, list[str]]
+    _results: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Through the share into memory, where Python can keep what it compiles.
+        shutil.copytree(
+            GUEST,
+            self.vm.share_host / "tests/vm/guest",
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+        self.vm.run("mkdir -p /run/checks && cp -r /rig/tests /run/checks/")
+
+    def require(self, module: str, name: str) -> None:
+        """Fail with what the guest said unless the check has passed."""
+        if module not in self._results:
+            self._results[module] = self._run(module, self.wanted[module])
+        problem = self._results[module].get(name, "it did not get that far")
+        if problem:
+            raise AssertionError(problem)
+
+    def _run(self, module: str, names: Sequence[str]) -> dict[str, str]:
+        done = self.python(module, *[f"check_{name}" for name in names])
+        results = {}
+        for line in done.stdout.splitlines():
+            result = json.loads(line)
+            results[result["check"].removeprefix("check_")] = result["problem"]
+        if done.returncode:
+            results["*"] = done.stderr
+            for name in names:
+                results.setdefault(name, f"the run ended with {done.returncode}:\n{done.stderr}")
+        return results
+
+    def python(self, module: str, *names: str) -> Completed:
+        """Run the harness on a module."""
+        argv = ["python3", "-m", "tests.vm.guest.harness", module, *names]
+        return self.vm.run(
+            f"cd /run/checks && exec env PYTHONPATH=/run/checks:$PYTHONPATH {' '.join(argv)}",
+            timeout=600,
+            check=False,
+        )

@@ -1,0 +1,118 @@
+"""The driver's side of a split vring (virtio 1.3, section 2.7), for tests."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .memory import Memory
+
+NEXT, WRITE = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One descriptor: `size` bytes at `offset` of a memory."""
+
+    memory: Memory
+    offset: int
+    size: int
+    writable: bool = False
+
+
+class SplitRing:
+    """A split vring in `memory`, with its eventfds. Addresses are offsets in that memory."""
+
+    def __init__(self, memory: Memory, size: int = 256, *, start: int = 0) -> None:
+        self.memory = memory
+        self.size = size
+        self.descriptors = memory.take(16 * size, 16)
+        self.avail = memory.take(6 + 2 * size, 2)
+        self.used = memory.take(6 + 8 * size, 4)
+        self.kick_fd = self.call_fd = -1
+        self.new_eventfds()
+        self._free = list(range(size))
+        self._chains: dict[int, list[int]] = {}
+        self._avail_index = self._used_seen = start
+        memory.u16[self.avail // 2 + 1] = start
+        memory.u16[self.used // 2 + 1] = start
+
+    def new_eventfds(self) -> None:
+        """Other eventfds, as a front-end that restarts a ring may use."""
+        self.close()
+        self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def close(self) -> None:
+        for fd in (self.kick_fd, self.call_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.kick_fd = self.call_fd = -1
+
+    @property
+    def room(self) -> int:
+        """How many descriptors are free."""
+        return len(self._free)
+
+    @property
+    def used_index(self) -> int:
+        """The device's index, as it is in memory."""
+        return self.memory.u16[self.used // 2 + 1]
+
+    @property
+    def avail_index(self) -> int:
+        """Ours: how much was ever offered, modulo 65536."""
+        return self._avail_index
+
+    def add(self, chain: Sequence[Buffer], *, kick: bool = True) -> int:
+        """Offer a chain to the device and return its head."""
+        heads = [self._free.pop() for _ in chain]
+        for here, buffer in enumerate(chain):
+            at = self.descriptors + 16 * heads[here]
+            last = here == len(chain) - 1
+            flags = (0 if last else NEXT) | (WRITE if buffer.writable else 0)
+            self.memory.u64[at // 8] = buffer.memory.guest + buffer.offset
+            self.memory.u32[at // 4 + 2] = buffer.size
+            self.memory.u16[at // 2 + 6] = flags
+            self.memory.u16[at // 2 + 7] = 0 if last else heads[here + 1]
+        self._chains[heads[0]] = heads
+        slot = self.avail // 2 + 2 + self._avail_index % self.size
+        self.memory.u16[slot] = heads[0]
+        self._avail_index = (self._avail_index + 1) & 0xFFFF
+        self.memory.u16[self.avail // 2 + 1] = self._avail_index
+        if kick:
+            self.kick()
+        return heads[0]
+
+    def kick(self) -> None:
+        os.eventfd_write(self.kick_fd, 1)
+
+    def take_used(self) -> list[tuple[int, int]]:
+        """What the device has finished since the last call: head and written length."""
+        done = []
+        while self._used_seen != self.used_index:
+            at = self.used // 4 + 1 + 2 * (self._used_seen % self.size)
+            head, length = self.memory.u32[at], self.memory.u32[at + 1]
+            if head not in self._chains:
+                raise AssertionError(f"used entry {self._used_seen} names {head}, never offered")
+            self._free.extend(self._chains.pop(head))
+            self._used_seen = (self._used_seen + 1) & 0xFFFF
+            done.append((head, length))
+        return done
+
+    def wait_used(self, timeout: float = 10.0) -> list[tuple[int, int]]:
+        """What was finished; sleeps until the device's interrupt. A lost one is a failure."""
+        poll = select.poll()
+        poll.register(self.call_fd, select.POLLIN)
+        while True:
+            if done := self.take_used():
+                return done
+            if not poll.poll(timeout * 1000):
+                late = self.take_used()
+                raise TimeoutError(
+                    f"no interrupt in {timeout:g} s; avail {self._avail_index}, used "
+                    f"{self.used_index}" + (f", {len(late)} used entries unannounced" * bool(late))
+                )
+            os.eventfd_read(self.call_fd)
