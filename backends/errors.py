@@ -57,12 +57,16 @@ class TransportLost(BridgeError):
     """The socket or device went away; whether the last operation happened is unknown."""
 
 
+# 524 is the kernel-internal ENOTSUPP that some vDPA parents let through; of 95, Python may tell the
+# other name.
+_NAMES = {524: "ENOTSUPP", errno.EOPNOTSUPP: "EOPNOTSUPP"}
+
+
 class KernelRefused(BridgeError):
     """An ioctl or IOTLB write failed; ``errno`` is the kernel's."""
 
     def __init__(self, operation: str, code: int, hint: str = "") -> None:
-        # 524 is the kernel-internal ENOTSUPP that some vDPA parents let through.
-        name = "ENOTSUPP" if code == 524 else errno.errorcode.get(code, str(code))
+        name = _NAMES.get(code) or errno.errorcode.get(code, str(code))
         text = "not supported by the driver" if code == 524 else os.strerror(code)
         super().__init__(f"{operation}: {text} ({name})", hint)
         self.errno = code

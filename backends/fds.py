@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from types import TracebackType
+
+import trio
 
 
 class OwnedFd:
@@ -76,17 +80,30 @@ def new_eventfd() -> OwnedFd:
     return OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
 
 
-def signal_eventfd(fd: OwnedFd | None) -> None:
-    """Add 1 to an eventfd that may be absent.
+def is_eventfd(fd: OwnedFd) -> bool:
+    """Whether a descriptor that a peer sent is an eventfd, and so can be waited for and counted."""
+    return os.readlink(f"/proc/self/fd/{fd.fileno()}") == "anon_inode:[eventfd]"
+
+
+async def signal_eventfds(*fds: OwnedFd | None) -> None:
+    """Add 1 to eventfds, any of which may be absent.
 
     A counter at its maximum means that the other side has not read 2^64 - 2 signals: one more
-    changes nothing, so it is not waited for. A descriptor that only looked like an eventfd is
-    left alone for the same reason: it came from the peer, who alone is hurt.
+    changes nothing, so it is skipped. A peer that fills the counter just then makes the write
+    wait; that is why a thread does it, which cancellation leaves behind. (The non-blocking flag
+    would be the peer's too, and it may count on reads that wait.)
     """
-    if fd is None or fd.closed:
-        return
-    try:
-        os.set_blocking(fd.fileno(), False)
-        os.eventfd_write(fd.fileno(), 1)
-    except OSError:
-        pass
+    numbers = [fd.fileno() for fd in fds if fd is not None and not fd.closed]
+    if numbers:
+        await trio.to_thread.run_sync(
+            _signal, numbers, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+        )
+
+
+def _signal(numbers: Iterable[int]) -> None:
+    for number in numbers:
+        poll = select.poll()
+        poll.register(number, select.POLLOUT)
+        if poll.poll(0):
+            with suppress(OSError):
+                os.eventfd_write(number, 1)

@@ -14,7 +14,7 @@ import trio
 
 from vhostbridge.backends.device import State, Status
 from vhostbridge.backends.errors import BridgeError, PeerError, Unsupported
-from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.fds import OwnedFd, is_eventfd
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.codec import Message
 from vhostbridge.backends.vhostuser.messages import (
@@ -194,6 +194,8 @@ def _take_eventfd(message: Message) -> tuple[int, OwnedFd | None]:
             f"{message.name} of vring {payload.index} announces "
             + ("a descriptor that is missing" if payload.has_fd else "none and brings one")
         )
+    if message.fds and not is_eventfd(message.fds[0]):
+        raise PeerError(f"the descriptor of {message.name}, vring {payload.index}, is no eventfd")
     return payload.index, message.fds[0] if message.fds else None
 
 

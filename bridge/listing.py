@@ -56,12 +56,14 @@ def serve_options(cmdline: Sequence[str]) -> Mapping[str, str] | None:
     return options
 
 
-# Interpreter and its options come before the script, or before ``-m vhostbridge``.
+# The program itself, or Python and its options before the script or ``-m vhostbridge``. What
+# starts programs (sudo, timeout) has another name and is not taken for a bridge.
 def _after_program(cmdline: Sequence[str]) -> Sequence[str] | None:
-    for at, word in enumerate(cmdline[:4]):
-        if word.rpartition("/")[2] == "vhost-bridge" or (
-            word == "vhostbridge" and at > 0 and cmdline[at - 1] == "-m"
-        ):
+    programs = [word.rpartition("/")[2] for word in cmdline]
+    if not programs or not (programs[0] == "vhost-bridge" or programs[0].startswith("python")):
+        return None
+    for at, program in enumerate(programs):
+        if program == "vhost-bridge" or programs[at - 1 : at + 1] == ["-m", "vhostbridge"]:
             return cmdline[at + 1 :]
     return None
 

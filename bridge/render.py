@@ -200,10 +200,12 @@ def _vrings(report: Mapping[str, object]) -> Iterator[str]:
         head = ["vring" if key == "index" else key.replace("_", " ") for key in shown]
         yield from table(head, ([str(one.get(key, "")) for key in shown] for one in vrings))
     if "queue_num" in report:
-        unit = "queue pairs" if report.get("type") == "net" else "vrings"
-        if "type" not in report:
-            unit = "(pairs for net, vrings for others)"
-        yield from _line("queues", f"{report['queue_num']} {unit} to the VMM")
+        unit = {"net": " (pairs)", None: " (pairs for net, else vrings)"}.get(_type(report), "")
+        yield from _line("queues", f"{report['queue_num']}{unit} to the VMM")
+
+
+def _type(report: Mapping[str, object]) -> str | None:
+    return str(report["type"]) if "type" in report else None
 
 
 def _transport(report: Mapping[str, object]) -> Iterator[str]:

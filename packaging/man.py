@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from inspect import cleandoc
 from pathlib import Path
 
 import click
@@ -27,7 +28,7 @@ def escape(text: str) -> str:
 
 def paragraphs(help_text: str) -> Iterator[str]:
     r"""Lines of roff for a click help text; blocks that start with ``\b`` keep their lines."""
-    blocks = [block for block in help_text.split("\n\n") if block.strip("\n")]
+    blocks = [block for block in cleandoc(help_text).split("\n\n") if block.strip("\n")]
     for block in blocks:
         lines = block.strip("\n").split("\n")
         yield ".PP"
@@ -98,7 +99,7 @@ def page() -> str:
         command = cli.get_command(context, name)
         assert command is not None
         lines.extend(command_lines(command, context))
-    title, *codes = (cli.epilog or "").replace("\b\n", "").strip("\n").split("\n")
+    title, *codes = cleandoc(cli.epilog or "").replace("\b\n", "").strip("\n").split("\n")
     lines += [f".SH {escape(title.rstrip(':').upper().replace('CODES', 'STATUS'))}"]
     for code in codes:
         number, _, meaning = code.strip().partition("  ")

@@ -246,4 +246,9 @@ def _open_error(node: Path, error: OSError) -> TargetError:
             f"no permission to open {node}",
             f"run as root, or let this user in: chown or a udev rule for {node.name}",
         )
+    if error.errno == errno.EIO:
+        return TargetError(
+            f"{node} does not answer: Input/output error",
+            "a VDUSE device whose process died stays broken: delete it and create it anew",
+        )
     return TargetError(f"cannot open {node}: {error.strerror}", "vhost-bridge list shows devices")

@@ -25,7 +25,7 @@ from vhostbridge.backends.device import (
     VringSetup,
 )
 from vhostbridge.backends.errors import BridgeError, KernelRefused, Unsupported
-from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfd
+from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
 from vhostbridge.backends.virtio import DeviceId, TransportFeature
 
 from .chardev import BackendFeature, Chardev
@@ -145,9 +145,7 @@ class VdpaDevice(Device):
             await self._call(self._resume, vrings)
         else:
             await self._call(self._restart, features, vrings)
-        for vring in vrings:
-            signal_eventfd(vring.kick)
-            signal_eventfd(vring.call)
+        await signal_eventfds(*(fd for v in vrings for fd in (v.kick, v.call)))
         if self._config_changed:
             self._config_changed = False
             self.on_config_change()
@@ -263,6 +261,14 @@ class VdpaDevice(Device):
                 "use split rings (packed=off) with this device",
             )
         self._enter(Verb.SUSPEND)
+        try:
+            self._drain()
+        except BridgeError as error:
+            self.fail(str(error))
+            raise
+        self._must_restart = True
+
+    def _drain(self) -> None:
         for index in self._rings:
             self._dev.set_vring_kick(index, None)
         # A network device holds receive buffers for ever; they count as not fetched.
@@ -271,7 +277,6 @@ class VdpaDevice(Device):
         self._dev.set_status(0)
         for ring in self._rings.values():
             ring.base = self._used_index(ring)
-        self._must_restart = True
         if not self._persist:
             self._memory.map_again()
 
@@ -280,8 +285,10 @@ class VdpaDevice(Device):
         for index, ring in self._rings.items():
             while self._dev.vring_base(index) != self._used_index(ring):
                 if time.monotonic() > deadline:
-                    self.fail(f"vring {index} did not finish its requests in {DRAIN_SECONDS:g} s")
-                    raise Unsupported(f"{self.info.target} can't be stopped: {self.failure}")
+                    raise Unsupported(
+                        f"{self.info.target} can't be stopped: vring {index} did not finish its "
+                        f"requests in {DRAIN_SECONDS:g} s"
+                    )
                 time.sleep(0.001)
 
     def _used_index(self, ring: _Ring) -> int:
@@ -309,13 +316,13 @@ class VdpaDevice(Device):
             await self._call(self._dev.set_vring_call, index, fd)
             ring.setup = replace(ring.setup, call=fd)
             # An interrupt raised through the old descriptor may have found nobody listening.
-            signal_eventfd(fd)
+            await signal_eventfds(fd)
 
     async def set_kick(self, index: int, fd: OwnedFd | None) -> None:
         if ring := self._running_ring(index):
             await self._call(self._dev.set_vring_kick, index, fd)
             ring.setup = replace(ring.setup, kick=fd)
-            signal_eventfd(fd)
+            await signal_eventfds(fd)
 
     async def set_err(self, index: int, fd: OwnedFd | None) -> None:
         if ring := self._running_ring(index):
@@ -333,8 +340,7 @@ class VdpaDevice(Device):
         await self._call(self._dev.set_vring_enable, index, enabled)
         if enabled:
             # vdpa_sim keeps the ring's position but needs a kick to look at it again.
-            signal_eventfd(ring.setup.kick)
-            signal_eventfd(ring.setup.call)
+            await signal_eventfds(ring.setup.kick, ring.setup.call)
 
     async def aclose(self) -> None:
         if self.state is State.CLOSED:

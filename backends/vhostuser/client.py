@@ -26,6 +26,12 @@ class _Pending:
     error: BridgeError | None = None
     abandoned: bool = False
 
+    def abandon(self) -> None:
+        """Nobody waits any more; the reply may be there already, or still come."""
+        self.abandoned = True
+        if self.reply is not None:
+            self.reply.close()
+
 
 class Client:
     """Speaks vhost-user to a back-end. ``serve`` must run in a task while requests are made."""
@@ -79,13 +85,20 @@ class Client:
             if native or acknowledged:
                 self._pending.append(pending)
             need_reply = acknowledged and not native
-            await self._channel.send_request(request, payload, fds, need_reply=need_reply)
+            try:
+                await self._channel.send_request(request, payload, fds, need_reply=need_reply)
+            except BaseException:
+                # It went out not at all, or so little of it that the channel is broken.
+                if pending in self._pending:
+                    self._pending.remove(pending)
+                raise
         if not native and not acknowledged:
             return None
         try:
             await pending.done.wait()
-        finally:
-            pending.abandoned = pending.reply is None
+        except BaseException:
+            pending.abandon()
+            raise
         if pending.error is not None:
             raise pending.error
         return pending.reply
@@ -112,9 +125,9 @@ class Client:
             message.close()
             raise PeerError(f"back-end {self.target} answered {message.name}, which was not asked")
         pending = self._pending.popleft()
+        pending.reply = message
         if pending.abandoned:
             message.close()
-        pending.reply = message
         pending.done.set()
 
     async def open_reverse(self) -> None:

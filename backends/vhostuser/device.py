@@ -22,9 +22,10 @@ from vhostbridge.backends.device import (
     Status,
     Verb,
     VringSetup,
+    step,
 )
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost, Unsupported
-from vhostbridge.backends.fds import OwnedFd, signal_eventfd
+from vhostbridge.backends.fds import OwnedFd, signal_eventfds
 from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature
 
 from .client import Client
@@ -146,25 +147,31 @@ class VhostUserDevice(Device):
         if not self._has(ProtocolFeature.REPLY_ACK):
             await self._client.request(Request.GET_FEATURES)
 
+    # What was there before is put back when the back-end refuses a step.
     async def _change_slots(
         self, wanted: dict[tuple[int, int, int, int, int], MemoryRegion]
     ) -> None:
-        for key in [key for key in self._regions if key not in wanted]:
-            region = self._regions.pop(key)
-            await self._client.request(Request.REM_MEM_REG, MemReg(_wire_region(region)))
-        added: list[MemoryRegion] = []
+        before = dict(self._regions)
         try:
-            for key, region in wanted.items():
-                if key not in self._regions:
-                    fds = [region.fd]
-                    await self._client.request(
-                        Request.ADD_MEM_REG, MemReg(_wire_region(region)), fds
-                    )
-                    added.append(region)
-        except PeerError:
-            for region in added:
-                await self._client.request(Request.REM_MEM_REG, MemReg(_wire_region(region)))
+            await self._go_to_slots(wanted)
+        except PeerError as refusal:
+            try:
+                await self._go_to_slots(before)
+            except BridgeError:
+                self.fail(f"guest memory is neither the old nor the new one: {refusal}")
             raise
+
+    async def _go_to_slots(
+        self, wanted: dict[tuple[int, int, int, int, int], MemoryRegion]
+    ) -> None:
+        request = self._client.request
+        for key in [key for key in self._regions if key not in wanted]:
+            await request(Request.REM_MEM_REG, MemReg(_wire_region(self._regions[key])))
+            del self._regions[key]
+        for key, region in wanted.items():
+            if key not in self._regions:
+                await request(Request.ADD_MEM_REG, MemReg(_wire_region(region)), [region.fd])
+                self._regions[key] = region
 
     # Life
 
@@ -184,9 +191,7 @@ class VhostUserDevice(Device):
                 await self._stop(vring.index)
             raise
         self._enter_running()
-        for vring in new:
-            signal_eventfd(vring.kick)
-            signal_eventfd(vring.call)
+        await signal_eventfds(*(fd for v in new for fd in (v.kick, v.call)))
         if self._config_changed:
             self._config_changed = False
             self.on_config_change()
@@ -236,8 +241,9 @@ class VhostUserDevice(Device):
         if vring.err is not None:
             await self._send_fd(Request.SET_VRING_ERR, index, vring.err)
         await self._send_fd(Request.SET_VRING_CALL, index, vring.call)
-        await self._send_fd(Request.SET_VRING_KICK, index, vring.kick)
+        # From the kick on it runs, whether or not we get to see the answer.
         self._rings[index] = vring
+        await self._send_fd(Request.SET_VRING_KICK, index, vring.kick)
 
     async def _send_fd(self, request: Request, index: int, fd: OwnedFd | None) -> None:
         fds = [] if fd is None else [fd]
@@ -258,18 +264,19 @@ class VhostUserDevice(Device):
         reply = await self._client.request(Request.GET_VRING_BASE, VringState(index, 0))
         assert isinstance(reply, VringState)
         if reply.index != index:
-            raise PeerError(
-                f"back-end {self.info.target} answered for vring {reply.index}, {index} was asked"
-            )
+            self.fail(f"the back-end answered for vring {reply.index}, {index} was asked")
+            raise PeerError(f"back-end {self.info.target}: {self.failure}")
         self._bases[index] = reply.num
         del self._rings[index]
 
     async def suspend(self) -> None:
+        step(self.state, Verb.SUSPEND)
         for index in list(self._rings):
             await self._stop(index)
         self._enter(Verb.SUSPEND)
 
     async def reset(self) -> None:
+        step(self.state, Verb.RESET)
         for index in list(self._rings):
             await self._stop(index)
         if self._bases:
@@ -286,13 +293,13 @@ class VhostUserDevice(Device):
         if vring := self._rings.get(index):
             await self._send_fd(Request.SET_VRING_CALL, index, fd)
             self._rings[index] = replace(vring, call=fd)
-            signal_eventfd(fd)
+            await signal_eventfds(fd)
 
     async def set_kick(self, index: int, fd: OwnedFd | None) -> None:
         if vring := self._rings.get(index):
             await self._send_fd(Request.SET_VRING_KICK, index, fd)
             self._rings[index] = replace(vring, kick=fd)
-            signal_eventfd(fd)
+            await signal_eventfds(fd)
 
     async def set_err(self, index: int, fd: OwnedFd | None) -> None:
         if (vring := self._rings.get(index)) and fd is not None:
@@ -306,7 +313,7 @@ class VhostUserDevice(Device):
         await self._client.request(Request.SET_VRING_ENABLE, VringState(index, int(enabled)))
         self._rings[index] = replace(vring, enabled=enabled)
         if enabled:
-            signal_eventfd(vring.kick)
+            await signal_eventfds(vring.kick)
 
     async def aclose(self) -> None:
         self.state = State.CLOSED
@@ -380,24 +387,35 @@ async def adopt_vhost_user(target: str, fd: int) -> AsyncIterator[VhostUserDevic
 @asynccontextmanager
 async def _client(sock: trio.socket.SocketType, target: str) -> AsyncIterator[VhostUserDevice]:
     client = Client(sock, target)
+    device: VhostUserDevice | None = None
+    lost: BridgeError | None = None
+    # Who is cancelled still has to stop the device, and needs the answers for that.
+    reading = trio.CancelScope(shield=True)
+
+    async def serve() -> None:
+        nonlocal lost
+        with reading:
+            lost = await client.serve()
+            if device is not None and device.state is not State.CLOSED:
+                device.fail(str(lost))
+                device.on_failure(device.failure)
+
     try:
         async with trio.open_nursery() as nursery:
-            device: VhostUserDevice | None = None
-
-            async def serve() -> None:
-                reason = await client.serve()
-                if device is not None:
-                    device.fail(str(reason))
-                    device.on_failure(device.failure)
-
-            # The handshake's replies must be read before there is a device to speak of.
             nursery.start_soon(serve)
-            device = await _handshake(client, target)
-            nursery.start_soon(client.serve_reverse)
-            yield device
+            try:
+                device = await _handshake(client, target)
+                if lost is not None:
+                    raise lost
+                nursery.start_soon(client.serve_reverse)
+                yield device
+            finally:
+                reading.cancel()
             nursery.cancel_scope.cancel()
     finally:
         client.close()
+        if device is not None:
+            device.state = State.CLOSED
 
 
 # QEMU's order of a connection.

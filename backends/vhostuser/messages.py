@@ -266,7 +266,8 @@ class Iotlb(_Fixed):
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """GET_CONFIG and SET_CONFIG. In a failed GET_CONFIG's reply everything is zero and empty."""
+    """GET_CONFIG and SET_CONFIG. In a failed GET_CONFIG's reply everything is zero and empty, down
+    to no payload at all from libvhost-user."""
 
     offset: int
     flags: int
@@ -277,6 +278,8 @@ class Config:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
+        if not data:
+            return cls(0, 0, b"")
         if len(data) < 12:
             raise ValueError(f"{len(data)} bytes, expected at least 12")
         offset, size, flags = struct.unpack_from("=III", data)

@@ -60,7 +60,7 @@ def test_command_and_module_run_from_the_wheel(environment: Path, tmp_path: Path
     as_command = run(environment / "vhost-bridge", "--version", cwd=tmp_path)
     as_module = run(environment / "python", "-m", "vhostbridge", "--version", cwd=tmp_path)
     assert as_command == as_module
-    assert as_command.startswith("vhost-bridge, version ")
+    assert as_command.startswith("vhost-bridge ")
 
 
 def test_list_from_the_wheel_reaches_the_kernel(environment: Path, tmp_path: Path) -> None:

@@ -234,11 +234,16 @@ static void prepare_write(struct request *r)
 	}
 }
 
+/* When connecting began, and when the first request was complete. */
+static uint64_t connect_ns;
+static _Atomic uint64_t first_ns;
+
 static void complete(struct worker *w, const struct blkio_completion *c)
 {
 	struct request *r = c->user_data;
-	uint64_t took = now_ns() - r->began;
+	uint64_t now = now_ns(), took = now - r->began, none = 0;
 
+	atomic_compare_exchange_strong(&first_ns, &none, now);
 	if (c->ret < 0)
 		die(IO_ERROR, "%s at %#" PRIx64 ": %s%s%s",
 		    r->flush ? "flush" : r->write ? "write" : "read", block_offset(r->block),
@@ -425,6 +430,7 @@ static void open_device(void)
 	/* A failure is fine: not every driver and device can be read-only. */
 	if (read_only)
 		blkio_set_bool(device, "read-only", true);
+	connect_ns = now_ns();
 	check(blkio_connect(device), "connect");
 	check(blkio_set_int(device, "num-queues", opt.queues), "num-queues");
 	if (opt.queue_size)
@@ -579,9 +585,11 @@ static void report(struct worker *workers, double seconds)
 	requests = reads + writes + flushes;
 	printf("{\"mode\": \"%s\", \"depth\": %d, \"queues\": %d, \"reads\": %" PRIu64
 	       ", \"writes\": %" PRIu64 ", \"flushes\": %" PRIu64 ", \"verified\": %" PRIu64
-	       ", \"seconds\": %.3f, \"iops\": %.0f, \"mean_ns\": %.0f, \"max_ns\": %" PRIu64,
+	       ", \"seconds\": %.3f, \"iops\": %.0f, \"mean_ns\": %.0f, \"max_ns\": %" PRIu64
+	       ", \"first_ns\": %" PRIu64,
 	       mode_names[opt.mode], opt.depth, opt.queues, reads, writes, flushes, verified,
-	       seconds, requests / seconds, requests ? (double)sum / requests : 0, max);
+	       seconds, requests / seconds, requests ? (double)sum / requests : 0, max,
+	       first_ns - connect_ns);
 	if (workers[0].samples)
 		print_percentiles(workers);
 	printf("}\n");

@@ -9,7 +9,7 @@ import array
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -27,7 +27,7 @@ from vhostbridge.backends.device import (
     VringSetup,
     step,
 )
-from vhostbridge.backends.fds import OwnedFd, signal_eventfd
+from vhostbridge.backends.fds import OwnedFd, signal_eventfds
 
 RING_PACKED = 1 << 34
 VERSION_1 = 1 << 32
@@ -116,9 +116,7 @@ class FakeDevice(Device):
         self._enter_running()
         self.bases = {**self.bases, **bases}
         self.rings = {v.index: v for v in vrings}
-        for vring in vrings:
-            signal_eventfd(vring.kick)
-            signal_eventfd(vring.call)
+        await signal_eventfds(*(fd for v in vrings for fd in (v.kick, v.call)))
         if self.config_changed:
             self.config_changed = False
             self.on_config_change()
@@ -177,11 +175,11 @@ class FakeDevice(Device):
 
     async def set_call(self, index: int, fd: OwnedFd | None) -> None:
         await self._called("set_call", index, fd is not None)
-        signal_eventfd(fd)
+        await signal_eventfds(fd)
 
     async def set_kick(self, index: int, fd: OwnedFd | None) -> None:
         await self._called("set_kick", index, fd is not None)
-        signal_eventfd(fd)
+        await signal_eventfds(fd)
 
     async def set_err(self, index: int, fd: OwnedFd | None) -> None:
         await self._called("set_err", index, fd is not None)
@@ -294,10 +292,3 @@ def socket_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
         yield ours, theirs
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until what other tasks do makes ``condition`` true; the virtual clock bounds it."""
-    with trio.fail_after(10):
-        while not condition():
-            await trio.sleep(0.001)

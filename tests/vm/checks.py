@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.peers.build import build_peer
 from tests.rig.job import Completed
 from tests.rig.vm import Vm
 
@@ -37,6 +38,7 @@ class GuestChecks:
             self.vm.share_host / "tests/vm/guest",
             ignore=shutil.ignore_patterns("__pycache__"),
         )
+        shutil.copy(build_peer("blkio_verify.c"), self.vm.share_host / "tests/blkio_verify")
         self.vm.run("mkdir -p /run/checks && cp -r /rig/tests /run/checks/")
 
     def require(self, module: str, name: str) -> None:

@@ -31,7 +31,9 @@ class Request:
 class BlockDriver:
     """Requests on one vring; buffers of `span` bytes each lie in `buffers`."""
 
-    def __init__(self, ring: SplitRing, buffers: Memory | None = None, *, span: int = BLOCK) -> None:
+    def __init__(
+        self, ring: SplitRing, buffers: Memory | None = None, *, span: int = BLOCK
+    ) -> None:
         self.ring = ring
         self._memory = buffers if buffers is not None else ring.memory
         slots = min(ring.size // 3, (self._memory.size - (64 << 10)) // (span + 64))

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,15 @@ def sh(command: str, *, timeout: float = 30.0) -> str:
     if done.returncode:
         raise AssertionError(f"`{command}` ended with {done.returncode}: {done.stderr}")
     return done.stdout
+
+
+def wait_until(condition: Callable[[], object], timeout: float = 20.0) -> None:
+    """Look again and again until it is so."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not so within {timeout:g} s")
+        time.sleep(0.002)
 
 
 def node_of(name: str) -> str:
@@ -53,19 +62,19 @@ def net_device(name: str = "net0") -> contextlib.AbstractContextManager[str]:
 
 
 @contextlib.contextmanager
-def simulator_options(options: str) -> Iterator[None]:
-    """The simulators with module options; there must be no device of theirs."""
-    _reload(options)
+def simulator_options(options: str, *, block: str = "") -> Iterator[None]:
+    """The simulators with options of vdpa_sim and vdpa_sim_blk; there must be no device of them."""
+    _reload(options, block)
     try:
         yield
     finally:
-        _reload("")
+        _reload("", "")
 
 
-def _reload(options: str) -> None:
+def _reload(options: str, block: str) -> None:
     sh(
-        "modprobe -r vdpa_sim_net vdpa_sim_blk && modprobe -r vdpa_sim; "
-        f"modprobe vdpa_sim {options} && modprobe -a vdpa_sim_net vdpa_sim_blk"
+        "modprobe -r vdpa_sim_net vdpa_sim_blk vdpa_sim; "
+        f"modprobe vdpa_sim {options} && modprobe vdpa_sim_blk {block} && modprobe vdpa_sim_net"
     )
 
 
@@ -116,19 +125,24 @@ class BridgeProcess:
         return status
 
 
-def spawn(arguments: Sequence[str], socket: str = "") -> BridgeProcess:
-    """Start `vhost-bridge` with arguments, in a fork of this process: imports are slow here."""
+def spawn(
+    arguments: Sequence[str], socket: str = "", *, prefix: Sequence[str] = ()
+) -> BridgeProcess:
+    """Start `vhost-bridge` with arguments, in a fork of this process: imports are slow here.
+
+    With a prefix, such as setpriv and its options, the command itself is run.
+    """
     fd, log = tempfile.mkstemp(prefix="bridge-", suffix=".log")
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        _become_bridge(fd, arguments)
+        _become_bridge(fd, arguments, prefix)
     os.close(fd)
     return BridgeProcess(pid, socket, Path(log))
 
 
-def _become_bridge(log: int, arguments: Sequence[str]) -> None:
+def _become_bridge(log: int, arguments: Sequence[str], prefix: Sequence[str]) -> None:
     status = 70
     try:
         os.dup2(log, 1)
@@ -137,6 +151,8 @@ def _become_bridge(log: int, arguments: Sequence[str]) -> None:
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
         signal.alarm(0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        if prefix:
+            os.execvp(prefix[0], [*prefix, "vhost-bridge", *arguments])
         from vhostbridge import cli
 
         sys.argv = ["vhost-bridge", *arguments]
@@ -153,15 +169,16 @@ def _become_bridge(log: int, arguments: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def serving(*bridges: tuple[str, str]) -> Iterator[BridgeProcess]:
+def serving(*bridges: tuple[str, str], prefix: Sequence[str] = ()) -> Iterator[BridgeProcess]:
     """A daemon that serves `(name, back-end)` pairs on /tmp/NAME.sock; must end with status 0.
 
-    One pair goes by options, several by a configuration file.
+    One pair goes by options, several by a configuration file. `prefix` is as for spawn().
     """
     sockets = [f"/tmp/{name}.sock" for name, _ in bridges]
     if len(bridges) == 1:
         (name, backend), path = bridges[0], sockets[0]
-        daemon = spawn(["serve", "--name", name, "--listen", path, "--backend", backend], path)
+        options = ["--name", name, "--listen", path, "--backend", backend]
+        daemon = spawn(["serve", *options], path, prefix=prefix)
     else:
         tables = [
             f'[[bridge]]\nname = "{name}"\nlisten = "{path}"\nbackend = "{backend}"\n'
@@ -169,7 +186,7 @@ def serving(*bridges: tuple[str, str]) -> Iterator[BridgeProcess]:
         ]
         file = Path(tempfile.mkstemp(suffix=".toml")[1])
         file.write_text("".join(tables))
-        daemon = spawn(["serve", "--config", str(file)], sockets[0])
+        daemon = spawn(["serve", "--config", str(file)], sockets[0], prefix=prefix)
     try:
         daemon.wait_for(f"serving {len(bridges)} bridge")
         yield daemon

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import struct
 from collections.abc import Iterable, Sequence
@@ -18,15 +17,16 @@ PROTOCOL_FEATURES = 1 << 30
 
 MQ, REPLY_ACK, BACKEND_REQ, CONFIG = 1 << 0, 1 << 3, 1 << 5, 1 << 9
 RESET_DEVICE, MEM_SLOTS, STATUS = 1 << 13, 1 << 15, 1 << 16
-ALL = MQ | REPLY_ACK | CONFIG | RESET_DEVICE | MEM_SLOTS | STATUS
+ALL = MQ | REPLY_ACK | BACKEND_REQ | CONFIG | RESET_DEVICE | MEM_SLOTS | STATUS
 
 # fmt: off
 REQUESTS = {
     "GET_FEATURES": 1, "SET_FEATURES": 2, "SET_OWNER": 3, "SET_MEM_TABLE": 5, "SET_VRING_NUM": 8,
     "SET_VRING_ADDR": 9, "SET_VRING_BASE": 10, "GET_VRING_BASE": 11, "SET_VRING_KICK": 12,
     "SET_VRING_CALL": 13, "SET_VRING_ERR": 14, "GET_PROTOCOL_FEATURES": 15,
-    "SET_PROTOCOL_FEATURES": 16, "GET_QUEUE_NUM": 17, "SET_VRING_ENABLE": 18, "GET_CONFIG": 24,
-    "SET_CONFIG": 25, "RESET_DEVICE": 34, "GET_MAX_MEM_SLOTS": 36, "ADD_MEM_REG": 37,
+    "SET_PROTOCOL_FEATURES": 16, "GET_QUEUE_NUM": 17, "SET_VRING_ENABLE": 18,
+    "SET_BACKEND_REQ_FD": 21, "GET_CONFIG": 24, "SET_CONFIG": 25, "RESET_DEVICE": 34,
+    "GET_MAX_MEM_SLOTS": 36, "ADD_MEM_REG": 37,
     "REM_MEM_REG": 38, "SET_STATUS": 39, "GET_STATUS": 40,
 }
 # fmt: on
@@ -180,6 +180,14 @@ class Frontend:
         assert ring == index
         return int(base)
 
+    def open_reverse_channel(self) -> socket.socket:
+        """SET_BACKEND_REQ_FD; returns our end."""
+        ours, theirs = socket.socketpair()
+        ours.settimeout(self.sock.gettimeout())
+        with theirs:
+            self.tell("SET_BACKEND_REQ_FD", fds=[theirs.fileno()])
+        return ours
+
     def config(self, offset: int, size: int) -> bytes:
         """Configuration space."""
         answer = self.ask("GET_CONFIG", struct.pack("=III", offset, size, 0) + bytes(size))
@@ -208,5 +216,3 @@ class _hang_ups(contextlib.ContextDecorator):
     ) -> None:
         if isinstance(error, ConnectionError):
             raise HungUp(self._name) from error
-
-

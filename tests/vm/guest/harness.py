@@ -1,4 +1,4 @@
-"""Runs a module's checks in the virtual machine: `python3 -m tests.vm.guest.harness MODULE [NAME…]`.
+"""Runs a module's checks in the virtual machine: `python3 -m tests.vm.guest.harness MODULE [NAME]`.
 
 A check is a function of the module called check_…; one JSON object a line says how it went.
 """

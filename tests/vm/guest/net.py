@@ -1,4 +1,4 @@
-"""A virtio-net driver for tests: numbered frames out, and what comes back, compared byte by byte."""
+"""A virtio-net driver for tests: numbered frames out, what comes back compared byte by byte."""
 
 from __future__ import annotations
 

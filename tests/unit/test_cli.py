@@ -1,0 +1,498 @@
+"""The command line: what it prints, how it fails, and the pure parts of list and inspect."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import click
+import pytest
+
+from vhostbridge import cli as command_line
+from vhostbridge.backends.device import Ability, Capabilities, DeviceInfo, How
+from vhostbridge.backends.errors import (
+    BridgeError,
+    ConfigError,
+    InvalidTransition,
+    KernelRefused,
+    PeerError,
+    TargetError,
+    TransportLost,
+    Unsupported,
+)
+from vhostbridge.backends.holders import Holder
+from vhostbridge.backends.vdpa.discovery import BusDevice
+from vhostbridge.backends.vdpa.inventory import Inventory, InventoryEntry
+from vhostbridge.backends.virtio import DeviceId, FsFeature, NetFeature, TransportFeature
+from vhostbridge.backends.virtio_features import BlockFeature
+from vhostbridge.bridge import completion, facts, inspect, listing, render
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("trio", "cffi", "_cffi_backend", "pyroute2", "vhostbridge.native")
+
+NO = Ability(How.NO, "because")
+YES = Ability(How.NATIVE, "by itself")
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def info(**changes: int) -> DeviceInfo:
+    values: dict[str, Any] = {
+        "device_id": int(DeviceId.BLOCK),
+        "features": TransportFeature.VERSION_1.mask,
+        "vring_limit": 1,
+        "queue_num": 1,
+        "vring_size_max": 256,
+        "config_size": 96,
+        "iova_first": 0,
+        "iova_last": 2**64 - 1,
+        "region_max": 509,
+    }
+    return DeviceInfo(target="vdpa:blk0", **{**values, **changes})
+
+
+def abilities(**changes: Ability) -> Capabilities:
+    names = ("suspend", "resume", "save", "load", "inflight", "dirty_log", "memory_hotplug")
+    return Capabilities(**{**dict.fromkeys((*names, "vring_stop"), YES), **changes})
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *argv: str | Path
+) -> Ran:
+    monkeypatch.setattr(sys, "argv", ["vhost-bridge", *map(str, argv)])
+    with pytest.raises(SystemExit) as exit_:
+        command_line.main()
+    shown = capsys.readouterr()
+    assert isinstance(exit_.value.code, int)
+    return Ran(exit_.value.code, shown.out, shown.err)
+
+
+# Errors and exit codes
+
+
+@pytest.mark.parametrize(
+    ("argv", "message", "hint"),
+    [
+        (["inspekt"], "there is no command 'inspekt'", "did you mean inspect?"),
+        (["zzz"], "there is no command 'zzz'", "vhost-bridge --help lists them"),
+        (["inspect"], "missing argument 'TARGET'", "vhost-bridge inspect --help"),
+        (["serve"], "serve needs --name", "or --config with a file that names the bridges"),
+        (["serve", "--name", "a"], "serve needs --backend", "or --config"),
+        (["serve", "--name", "a", "--backend", "tcp:1"], "bridge a needs exactly one of", "listen"),
+        (["serve", "--config", "x", "--fd", "3"], "--config and --fd exclude each other", ""),
+        (["inspect", "vdpa:x", "--type", "net"], "--type is for vhost-user sockets", "itself"),
+        (["inspect", "a", "--type", "blokc"], "no virtio device type is called", "mean block?"),
+        (["inspect", "vhost-user-fd:3"], "vhost-user-fd: can't be inspected", "listens on"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_a_hint_and_status_2(
+    argv: list[str],
+    message: str,
+    hint: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran = run(capsys, monkeypatch, *argv)
+    first, second = ran.err.splitlines()
+    assert (ran.code, ran.out) == (2, "")
+    assert first.startswith(f"vhost-bridge: {message}")
+    assert second.startswith("  hint: ") and hint in second
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (BridgeError("x"), 1),
+        (InvalidTransition("x"), 1),
+        (Unsupported("x"), 1),
+        (TargetError("x"), 1),
+        (PeerError("x"), 1),
+        (KernelRefused("x", 1), 1),
+        (ConfigError("x"), 2),
+        (TransportLost("x"), 3),
+        (ExceptionGroup("nursery", [TransportLost("x")]), 3),
+    ],
+)
+def test_each_kind_of_error_has_its_exit_code(
+    error: Exception,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(listing, "list_report", fail)
+    assert run(capsys, monkeypatch, "list").code == code
+
+
+def test_a_bug_is_not_dressed_up_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(listing, "list_report", fail)
+    monkeypatch.setattr(sys, "argv", ["vhost-bridge", "list"])
+    with pytest.raises(ZeroDivisionError):
+        command_line.main()
+
+
+@pytest.mark.parametrize("argv", [["-v", "list"], ["list", "-v"], ["list", "--debug"]])
+def test_debug_shows_the_traceback_wherever_it_stands(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise TargetError("gone")
+
+    monkeypatch.setattr(listing, "list_report", fail)
+    monkeypatch.setattr(sys, "argv", ["vhost-bridge", *argv])
+    with pytest.raises(TargetError):
+        command_line.main()
+
+
+def test_no_command_prints_help_on_standard_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = run(capsys, monkeypatch)
+    assert (ran.code, ran.out) == (2, "")
+    assert "Exit codes:" in ran.err
+
+
+@pytest.mark.parametrize("name", sorted(command_line.cli.commands))
+def test_every_command_explains_itself_with_examples(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = run(capsys, monkeypatch, name, "--help")
+    assert ran.code == 0
+    assert f"\n    vhost-bridge {name}" in ran.out.partition("Examples:")[2]
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["serve", "--help"]])
+def test_help_and_version_load_nothing_heavy(argv: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from vhostbridge.cli import main\n"
+        f"sys.argv = ['vhost-bridge', *{argv!r}]\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30
+    )
+    assert done.stderr == "[]\n"
+
+
+# list
+
+
+NODES = (
+    InventoryEntry(
+        name="blk0",
+        bus=BusDevice(name="blk0", driver="vhost_vdpa", char_device="vhost-vdpa-7"),
+        info=None,
+        config=None,
+    ),
+    InventoryEntry(
+        name="net0",
+        bus=BusDevice(name="net0", driver="virtio_vdpa", interfaces=("eth3",)),
+        info=None,
+        config=None,
+    ),
+)
+
+
+@pytest.fixture
+def no_kernel_vdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = Unsupported("this kernel has no vDPA", "modprobe vdpa")
+    nothing = Inventory(management=(), devices=(), problem=missing)
+    monkeypatch.setattr(listing, "take_inventory", lambda root: nothing)
+    monkeypatch.setattr(listing, "running_bridges", lambda root: [])
+
+
+@pytest.mark.usefixtures("no_kernel_vdpa")
+def test_list_without_vdpa_is_empty_json_and_a_note(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = run(capsys, monkeypatch, "list", "-j")
+    report = json.loads(ran.out)
+    assert (ran.code, report["mgmtdev"], report["dev"], report["bridges"]) == (0, {}, {}, [])
+    assert ran.err == ("vhost-bridge: note: this kernel has no vDPA\n  hint: modprobe vdpa\n")
+
+
+@pytest.mark.usefixtures("no_kernel_vdpa")
+def test_list_without_vdpa_is_no_text_and_a_note(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = run(capsys, monkeypatch, "list")
+    assert (ran.code, ran.out) == (0, "")
+    assert "note: this kernel has no vDPA" in ran.err
+
+
+def test_list_shows_who_holds_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = Holder(41, "vhost-bridge", ("vhost-bridge", "serve"))
+    bridge = listing.RunningBridge(pid=41, name="vm1", backend="vdpa:blk0", listen="/run/a")
+    inventory = Inventory(management=(), devices=NODES)
+    monkeypatch.setattr(listing, "take_inventory", lambda root: inventory)
+    monkeypatch.setattr(listing, "running_bridges", lambda root: [bridge])
+    monkeypatch.setattr(listing, "holders", lambda node: [holder])
+    assert list(render.list_text(listing.list_report())) == [
+        "VDPA DEVICE  TYPE  DRIVER       NODE               HELD BY",
+        "blk0         ?     vhost_vdpa   /dev/vhost-vdpa-7  bridge vm1 (pid 41)",
+        "net0         ?     virtio_vdpa                     this host, as eth3",
+        "",
+        "BRIDGE  PID  FRONT-END      BACK-END",
+        "vm1     41   listen /run/a  vdpa:blk0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "options"),
+    [
+        ("vhost-bridge serve --name a --backend=vdpa:b", {"name": "a", "backend": "vdpa:b"}),
+        ("/usr/bin/python3 /usr/bin/vhost-bridge -v serve --fd 3", {"fd": "3"}),
+        ("python3 -X dev -m vhostbridge serve --config /etc/x", {"config": "/etc/x"}),
+        ("python3 -m vhostbridge serve --config /etc/x", {"config": "/etc/x"}),
+        ("vhost-bridge serve --name", {"name": ""}),
+        ("vhost-bridge list", None),
+        ("vi vhost-bridge.toml serve", None),
+        ("", None),
+    ],
+)
+def test_bridges_are_recognised_by_their_command_lines(
+    cmdline: str, options: dict[str, str] | None
+) -> None:
+    assert listing.serve_options(cmdline.split()) == options
+
+
+def test_a_bridge_with_a_file_is_as_many_bridges_as_the_file_has(tmp_path: Path) -> None:
+    table = '[[bridge]]\nname = "{0}"\nlisten = "/run/{0}"\nbackend = "vdpa:{0}"\n'
+    (tmp_path / "b.toml").write_text(table.format("one") + table.format("two"))
+    cmdline = ["vhost-bridge", "serve", "--config", "b.toml"]
+    found = listing.bridges_of(9, cmdline, tmp_path)
+    assert [(bridge.name, bridge.backend) for bridge in found] == [
+        ("one", "vdpa:one"),
+        ("two", "vdpa:two"),
+    ]
+    holder = Holder(9, "vhost-bridge", tuple(cmdline))
+    assert listing.holder_report(holder, found, ["vdpa:two"])["bridge"] == "two"
+    assert "bridge" not in listing.holder_report(holder, found, ["vdpa:three"])
+
+
+def test_a_file_that_is_gone_still_leaves_a_bridge(tmp_path: Path) -> None:
+    (bridge,) = listing.bridges_of(9, ["vhost-bridge", "serve", "--config", "b.toml"], tmp_path)
+    assert bridge.report() == {"pid": 9, "config": "b.toml"}
+
+
+# inspect
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Iterator[tuple[socket.socket, Path]]:
+    path = tmp_path / "back-end.sock"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        sock.listen()
+        yield sock, path
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("vdpa:blk0", ("vdpa", "blk0")),
+        ("vhost-user:blk", ("vhost-user", "blk")),
+        ("blk0", ("vdpa", "blk0")),
+        ("/dev/vhost-vdpa-3", ("vdpa", "/dev/vhost-vdpa-3")),
+        ("/run/not-there.sock", ("vhost-user", "/run/not-there.sock")),
+        ("/dev/null", ("vdpa", "/dev/null")),
+    ],
+)
+def test_a_target_tells_its_transport(target: str, expected: tuple[str, str]) -> None:
+    assert inspect.classify(target) == expected
+
+
+def test_a_socket_is_vhost_user_whatever_it_is_called(
+    listener: tuple[socket.socket, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(listener[1].parent)
+    assert inspect.classify("back-end.sock") == ("vhost-user", "back-end.sock")
+
+
+def test_a_server_that_does_not_answer_is_given_up_and_named(
+    listener: tuple[socket.socket, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inspect, "PATIENCE", 0.05)
+    ran = run(capsys, monkeypatch, "inspect", listener[1])
+    assert (ran.code, ran.out) == (1, "")
+    assert f"pid {os.getpid()}" in ran.err
+    assert "did not answer within 0.05 s" in ran.err
+    assert "one front-end at a time" in ran.err
+
+
+def test_a_server_that_hangs_up_is_a_lost_transport(
+    listener: tuple[socket.socket, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = threading.Thread(target=lambda: listener[0].accept()[0].close())
+    server.start()
+    ran = run(capsys, monkeypatch, "inspect", listener[1])
+    server.join()
+    assert ran.code == 3
+
+
+def test_features_are_split_into_offered_and_hidden_with_reasons() -> None:
+    mask = (
+        BlockFeature.MQ.mask
+        | TransportFeature.VERSION_1.mask
+        | TransportFeature.ACCESS_PLATFORM.mask
+        | 1 << 50
+    )
+    report = facts.features_report(mask, DeviceId.BLOCK, TransportFeature.VERSION_1.mask)
+    assert report["mask"] == hex(mask)
+    assert report["device"] == ["MQ", "VERSION_1", "ACCESS_PLATFORM", "bit_50"]
+    assert report["offered"] == ["MQ", "VERSION_1", "bit_50"]
+    assert report["negotiated"] == ["VERSION_1"]
+    hidden = report["hidden"]
+    assert isinstance(hidden, dict) and "guest memory" in hidden["ACCESS_PLATFORM"]
+
+
+def test_configuration_is_asked_for_in_the_sizes_of_valid_fields() -> None:
+    assert facts.config_sizes(DeviceId.BLOCK, BlockFeature.BLK_SIZE.mask) == [24, 8]
+    assert facts.config_sizes(DeviceId.RNG, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("device_id", "queue_num", "features", "config", "count"),
+    [
+        (DeviceId.NET, 2, 0, {}, 4),
+        (DeviceId.BLOCK, 4, 0, {"num_queues": 4}, 4),
+        (DeviceId.FS, 1024, 0, {"num_request_queues": 1}, 2),
+        (DeviceId.FS, 1024, FsFeature.NOTIFICATION.mask, {"num_request_queues": 1}, 3),
+    ],
+)
+def test_queue_number_of_a_back_end_stands_for_vrings(
+    device_id: int, queue_num: int, features: int, config: dict[str, int], count: int
+) -> None:
+    assert facts.backend_vring_count(device_id, queue_num, features, dict(config)) == count
+
+
+def test_vrings_are_named_and_sized_where_that_is_known() -> None:
+    features = NetFeature.CTRL_VQ.mask
+    assert facts.vrings_report(DeviceId.NET, 3, features, {}, [256, 256, None]) == [
+        {"index": 0, "name": "rx0", "max_size": 256},
+        {"index": 1, "name": "tx0", "max_size": 256},
+        {"index": 2, "name": "control"},
+    ]
+    assert facts.vrings_report(None, 1, 0, {}) == [{"index": 0}]
+
+
+def test_capabilities_say_how_and_why() -> None:
+    assert facts.capabilities_report(abilities(save=NO))["save"] == {"how": "no", "why": "because"}
+
+
+def test_obstacles_are_the_reasons_of_what_the_device_cannot() -> None:
+    found = facts.obstacles(info(), abilities(save=NO, dirty_log=NO))
+    assert found["save"] == ["because"]
+    assert found["migrate"] == ["save: because", "dirty logging: because"]
+    assert "suspend" not in found
+
+
+def test_inspect_text_says_that_a_held_device_was_not_opened() -> None:
+    report: dict[str, object] = {
+        "target": "blk0",
+        "transport": "vhost-vdpa",
+        "opened": False,
+        "not_opened": "busy",
+        "not_opened_hint": "stop it",
+        "held_by": [{"pid": 3, "comm": "qemu-system-x86", "command": ["/bin/qemu-system-x86_64"]}],
+    }
+    lines = list(render.inspect_text(report))
+    assert "not opened     busy" in lines
+    assert "held by        qemu-system-x86_64 (pid 3)" in lines
+
+
+# Completion
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_call_the_command(
+    shell: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = run(capsys, monkeypatch, "completion", shell)
+    assert f"{completion.VARIABLE}={shell}_complete" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("line", "candidates"),
+    [
+        ("vhost-bridge ins", ["inspect"]),
+        ("vhost-bridge inspect --ty", ["--type"]),
+        ("vhost-bridge inspect x --type blo", ["block"]),
+        # bash has cut the word at the colon, and only replaces what is behind it
+        ("vhost-bridge serve --backend vhost-user:{folder}/b", ["{folder}/back-end.sock"]),
+        ("vhost-bridge inspect {folder}/b", ["{folder}/back-end.sock"]),
+    ],
+)
+def test_bash_completes(
+    line: str, candidates: list[str], listener: tuple[socket.socket, Path], tmp_path: Path
+) -> None:
+    program = tmp_path / "program"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m vhostbridge "$@"\n')
+    program.chmod(0o755)
+    line = line.format(folder=tmp_path)
+    test = (
+        f"{completion.script('bash', command_line.cli)}\n"
+        f"compopt() {{ :; }}; COMP_WORDBREAKS=' :='; COMP_LINE={shlex.quote(line)}\n"
+        f"COMP_POINT=${{#COMP_LINE}}; _vhost_bridge_completion {shlex.quote(str(program))}\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(
+        ["bash", "--norc", "-c", test], capture_output=True, text=True, timeout=30, cwd=ROOT
+    )
+    assert done.stdout.split() == [one.format(folder=tmp_path) for one in candidates], done.stderr
+
+
+# Manual page
+
+
+@pytest.fixture(scope="module")
+def man() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_man_page", ROOT / "packaging/man.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_manual_page_has_every_command_and_option(man: ModuleType) -> None:
+    page = man.page()
+    context = click.Context(command_line.cli, info_name="vhost-bridge")
+    for name, command in command_line.cli.commands.items():
+        section = page.partition(f".SS {name}\n")[2].partition("\n.S")[0]
+        assert section, name
+        for parameter in command.get_params(context):
+            names = parameter.opts if isinstance(parameter, click.Option) else []
+            for option in set(names) - {"--help", "-h"}:
+                assert f"\\fB{man.escape(option)}\\fR" in section, (name, option)
+    for number in range(4):
+        assert f"\n.B {number}\n" in page
+
+
+def test_manual_page_makes_text_safe_for_roff(man: ModuleType) -> None:
+    assert man.escape("a-b\\c\n.d 'e'") == "a\\-b\\ec\n\\&.d \\(aqe\\(aq"
