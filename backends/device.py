@@ -161,8 +161,9 @@ class DeviceInfo:
 class MemoryRegion:
     """Guest memory: ``size`` bytes at ``guest_address``, in ``fd`` from ``offset`` on.
 
-    The one who made it owns ``fd``. ``identity`` (device, inode, offset) tells whether two
-    regions are the same memory although their descriptors differ.
+    The one who made it owns ``fd`` and keeps it open until another ``set_memory`` has replaced
+    the region. ``identity`` (device, inode, offset) tells whether two regions are the same memory
+    although their descriptors differ.
     """
 
     guest_address: int

@@ -101,11 +101,9 @@ def region(memory: Memory, *, size: int | None = None, guest: int | None = None)
 @contextlib.contextmanager
 def regions(*memories: Memory) -> Iterator[list[MemoryRegion]]:
     made = [region(memory) for memory in memories]
-    try:
-        yield made
-    finally:
-        for one in made:
-            one.fd.close()
+    # They stay open while the device has them.
+    _lent.extend(one.fd for one in made)
+    yield made
 
 
 def setup(ring: SplitRing, index: int = 0, *, base: int | None = 0) -> VringSetup:

@@ -50,12 +50,17 @@ def footprint(pid: int) -> Footprint:
     )
 
 
-def at_rest(bridge: BridgeProcess, fronts: int) -> Footprint:
-    """What it holds once the last of `fronts` front-ends is done with."""
-    ends = ("left", "cut off")
-    wait_until(lambda: sum(bridge.text().count(f") {end}") for end in ends) == fronts)
+def at_rest(bridge: BridgeProcess) -> Footprint:
+    """What it holds once it is done with all front-ends that ever connected."""
+    with Frontend(bridge.socket) as last:  # it is served after those that wait
+        last.negotiate()
+    wait_until(lambda: bridge.text().count("connected") == _ended(bridge))
     wait_until(lambda: footprint(bridge.pid).guest_mappings == 0)
     return footprint(bridge.pid)
+
+
+def _ended(bridge: BridgeProcess) -> int:
+    return sum(bridge.text().count(f") {end}") for end in ("left", "cut off"))
 
 
 def unchanged(before: Footprint, after: Footprint) -> None:
@@ -128,7 +133,7 @@ def killed_at_some_point(path: str, history: History, chance: random.Random) -> 
     assert os.WIFSIGNALED(status), "the front-end had failed by itself"
 
 
-def check_history(path: str, history: History) -> None:
+def verify_history(path: str, history: History) -> None:
     """Every block is whole, and as new as its last write that was done."""
     frontend, driver = connected(path)
     with frontend:
@@ -150,11 +155,11 @@ def check_front_ends_killed_at_any_point() -> None:
         before = None
         for turn in range(ROUNDS + 3):
             killed_at_some_point(bridge.socket, history, chance)
-            check_history(bridge.socket, history)
+            verify_history(bridge.socket, history)
             if turn == 2:  # warm: every path was gone, every thread was there
-                before = at_rest(bridge, bridge.text().count("connected"))
+                before = at_rest(bridge)
         assert before is not None
-        unchanged(before, at_rest(bridge, bridge.text().count("connected")))
+        unchanged(before, at_rest(bridge))
 
 
 def check_libblkio_killed_at_any_point() -> None:
@@ -172,10 +177,10 @@ def check_libblkio_killed_at_any_point() -> None:
             time.sleep(chance.uniform(0, 0.3))
             libblkio.kill(client)
             if turn == 2:
-                before = at_rest(bridge, bridge.text().count("connected"))
+                before = at_rest(bridge)
         libblkio.run(USER, bridge.socket, "verify", seed=1, **options)
         assert before is not None
-        unchanged(before, at_rest(bridge, bridge.text().count("connected")))
+        unchanged(before, at_rest(bridge))
 
 
 def check_connections_that_never_say_anything() -> None:
@@ -183,14 +188,14 @@ def check_connections_that_never_say_anything() -> None:
     with block_device(), serving(("kill", "vdpa:blk0"), prefix=REAL) as bridge:
         before = None
         for turn in range(60):
-            frontend = Frontend(bridge.socket)
-            if turn % 2:
-                frontend.send("GET_FEATURES")
-            frontend.close()
-            if turn == 9:
-                before = at_rest(bridge, 10)
+            with Frontend(bridge.socket) as frontend:
+                if turn % 2:
+                    frontend.send("GET_FEATURES")
+            if turn % 5 == 4:  # more than a few would be turned away
+                after = at_rest(bridge)
+                before = before or after
         assert before is not None
-        unchanged(before, at_rest(bridge, 60))
+        unchanged(before, after)
         frontend, driver = connected(bridge.socket)
         with frontend:
             driver.write_blocks("after", range(5))
