@@ -183,8 +183,8 @@ class Session:
 
     @property
     def _may_start(self) -> bool:
-        if ProtocolFeature.STATUS in self.protocol:
-            return bool(self.status & Status.DRIVER_OK)
+        if self.status & Status.DRIVER_OK:
+            return True
         return any(v.enabled and v.ready for v in self.vrings.values())
 
     @property
@@ -195,7 +195,11 @@ class Session:
         return self._may_start and any(v.ready and not v.running for v in vrings)
 
     async def _message_comes_first(self) -> bool:
-        fds = [v.kick for v in self.vrings.values() if v.kick and v.ready and not v.running]
+        # QEMU acks STATUS for every device, but says DRIVER_OK for block and net only. So silence
+        # starts the device there too; a kick doesn't, because DRIVER_OK may be about to come.
+        waiting = [v for v in self.vrings.values() if v.ready and not v.running]
+        says_status = ProtocolFeature.STATUS in self.protocol
+        fds = [v.kick for v in waiting if v.kick and not says_status]
         first = False
         with trio.move_on_after(QUIET):
             async with trio.open_nursery() as nursery:
