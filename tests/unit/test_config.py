@@ -1,0 +1,58 @@
+"""Bridge configurations: what is wrong is said with its place, and nothing is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vhostbridge.backends.errors import ConfigError
+from vhostbridge.bridge.config import BridgeConfig, load_config, parse_mode
+
+GOOD = '[[bridge]]\nname = "a"\nlisten = "/run/a"\nbackend = "vdpa:a"\n'
+
+
+def load(tmp_path: Path, text: str) -> list[BridgeConfig]:
+    (tmp_path / "f.toml").write_text(text)
+    return load_config(tmp_path / "f.toml")
+
+
+def test_file_gives_its_bridges_in_order(tmp_path: Path) -> None:
+    text = GOOD + '[[bridge]]\nname="b"\nconnect="/run/b"\nbackend="vhost-user:/x"\n'
+    bridges = load(tmp_path, text + 'socket-mode="660"\n')
+    assert [(b.name, b.listen, b.connect, b.socket_mode) for b in bridges] == [
+        ("a", "/run/a", None, 0o600),
+        ("b", None, "/run/b", 0o660),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected [[bridge]] tables"),
+        ("[[bridge]]\nname=", "f.toml: "),
+        (GOOD + "x = 1\n", "bridge 1: unknown key 'x'"),
+        (GOOD.replace('"a"', "3", 1), "bridge 1: name must be a str"),
+        (GOOD.replace('listen = "/run/a"\n', ""), "exactly one of listen, connect and fd"),
+        (GOOD + 'connect = "/run/b"\n', "exactly one of listen, connect and fd"),
+        (GOOD.replace("vdpa:a", "pci:a"), "'pci:a' is no back-end"),
+        (GOOD + GOOD, "name 'a' is used twice"),
+        (GOOD.replace('backend = "vdpa:a"\n', ""), "bridge 1: backend is missing"),
+        ("[bridge]\nname = 1\n", "expected [[bridge]] tables"),
+    ],
+)
+def test_wrong_file_is_refused_with_the_place(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(tmp_path, text)
+    assert said in str(refused.value)
+
+
+def test_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("text", ["", "8", "rw", "1777", "0o600", "999"])
+def test_socket_mode_is_three_octal_digits(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no socket mode"):
+        parse_mode(text)
