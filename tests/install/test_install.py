@@ -70,6 +70,7 @@ def test_list_from_the_wheel_reaches_the_kernel(environment: Path, tmp_path: Pat
 def test_unit_tests_pass_against_the_wheel(environment: Path, tmp_path: Path) -> None:
     """The tree has no compiled extension here, so it is the wheel's code that is tested."""
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    shutil.copytree(ROOT / "packaging", tmp_path / "packaging")
     shutil.copy2(ROOT / "pyproject.toml", tmp_path)
     path = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
     output = run(environment / "pytest", "-q", "tests/unit", cwd=tmp_path, env=path)
