@@ -42,7 +42,7 @@ _BASH = """\
             COMPREPLY+=("${value#"$prefix"}")
             ;;
         esac
-    done < <(env COMP_LINE="$line" %(complete_var)s=bash_complete "$1" 2>/dev/null)
+    done <<<"$(env COMP_LINE="$line" %(complete_var)s=bash_complete "$1" 2>/dev/null)"
 }
 
 complete -o nosort -F %(complete_func)s %(prog_name)s
