@@ -60,6 +60,9 @@ async def set_features(session: Session, message: Message) -> None:
     check_features(session.device.info, features)
     if features != session.features and any(v.running for v in session.vrings.values()):
         raise PeerError("the front-end changes features while the device runs")
+    if session.features and (features ^ session.features) & TransportFeature.RING_PACKED.mask:
+        for vring in session.vrings.values():
+            vring.forget_layout()
     session.features = features
     if not features & TransportFeature.PROTOCOL_FEATURES.mask:
         for vring in session.vrings.values():
@@ -71,11 +74,15 @@ async def get_protocol_features(session: Session, message: Message) -> Payload:
 
 
 async def set_protocol_features(session: Session, message: Message) -> None:
-    acked = ProtocolFeature(_u64(message))
-    extra = acked & ~offered_protocol(session.device.info)
+    acked = _u64(message)
+    # As numbers: the complement of flags leaves out the bits that have no name.
+    extra = acked & ~int(offered_protocol(session.device.info))
     if extra:
-        raise PeerError(f"the front-end acks protocol features that were not offered: {extra!r}")
-    session.protocol = acked
+        raise PeerError(
+            "the front-end acks protocol features that were not offered: "
+            f"{ProtocolFeature(extra)!r}"
+        )
+    session.protocol = ProtocolFeature(acked)
 
 
 async def get_queue_num(session: Session, message: Message) -> Payload:
@@ -168,22 +175,21 @@ async def set_vring_addr(session: Session, message: Message) -> None:
     try:
         if len(session.memory):
             vring.setup(session.memory, session.packed)
-    except PeerError:
+        # The same addresses come again when logging is switched; other ones need a pause.
+        if vring.running and before != address:
+            await session.device.suspend()
+    except BridgeError:
         vring.address = before
         raise
-    # The same addresses come again when logging is switched; other ones need a pause.
-    if vring.running and before != address:
-        await session.device.suspend()
 
 
 async def get_vring_base(session: Session, message: Message) -> Payload:
     vring = session.vring(_state(message).index)
     if vring.running:
-        base: int | None = await session.device.stop_vring(vring.index)
+        vring.stop(await session.device.stop_vring(vring.index))
     else:
-        base = vring.base
-    vring.stop(base)
-    return VringState(vring.index, base or 0)
+        vring.stop(vring.base)
+    return VringState(vring.index, vring.start_base(session.packed))
 
 
 def _take_eventfd(message: Message) -> tuple[int, OwnedFd | None]:

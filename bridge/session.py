@@ -249,7 +249,7 @@ class Session:
         while True:
             await self._config_changed.wait()
             self._config_changed = trio.Event()
-            if self.reverse is not None:
+            if self.reverse is not None and ProtocolFeature.CONFIG in self.protocol:
                 with suppress(TransportLost):
                     await self.reverse.send_request(BackendRequest.CONFIG_CHANGE_MSG)
 

@@ -56,6 +56,16 @@ class FrontendVring:
         if size == 0 or (size & (size - 1) and not packed):
             raise PeerError(f"vring {self.index} can't have {size} entries")
 
+    def start_base(self, packed: bool) -> int:
+        """Where a vring that does not run starts: at its base, or as a fresh one."""
+        if self.base is not None:
+            return self.base
+        return PACKED_START if packed else 0
+
+    def forget_layout(self) -> None:
+        """Void size and base: what was right for a packed ring may not be for a split one."""
+        self.size, self.base = 0, None
+
     def setup(self, table: MemoryTable, packed: bool) -> VringSetup:
         """The vring in guest addresses.
 
@@ -75,9 +85,7 @@ class FrontendVring:
             guest[name] = table.guest_address(address, size, what)
             if guest[name] % align:
                 raise PeerError(f"{what} at {guest[name]:#x} is not aligned to {align} bytes")
-        base = self.base
-        if base is None and not self.running:
-            base = PACKED_START if packed else 0
+        base = None if self.running else self.start_base(packed)
         return VringSetup(
             index=self.index,
             size=self.size,
