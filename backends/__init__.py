@@ -39,14 +39,14 @@ def open_device(uri: str) -> AbstractAsyncContextManager[Device]:
     scheme, rest = check_backend(uri)
     # Each transport is imported only when it is used: the command line starts faster.
     if scheme == "vdpa":
-        from .vdpa.device import open_vdpa
         from .vdpa.discovery import resolve
+        from .vdpa.opening import open_vdpa
 
         return open_vdpa(uri, resolve(rest).node)
-    from .vhostuser import device
+    from .vhostuser import connect
 
     if scheme == "vhost-user":
-        return device.open_vhost_user(uri, rest)
+        return connect.open_vhost_user(uri, rest)
     if scheme == "vhost-user-listen":
-        return device.await_vhost_user(uri, rest)
-    return device.adopt_vhost_user(uri, int(rest))
+        return connect.await_vhost_user(uri, rest)
+    return connect.adopt_vhost_user(uri, int(rest))

@@ -1,130 +1,22 @@
-"""What a device is, whichever transport it is on: lifecycle, capabilities and the contract.
-
-The lifecycle is a table, and only this file decides by it.
-"""
+"""What a device is, whichever transport it is on: facts, operations and their contract."""
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum, IntFlag
-from types import MappingProxyType
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from .errors import BridgeError, InvalidTransition
+import trio
+
+from .errors import BridgeError, TransportLost, Unsupported
 from .fds import OwnedFd
+from .lifecycle import Capabilities, State, Verb, step
 
-
-class State(Enum):
-    """Where a device is in its life."""
-
-    #: status 0; nothing negotiated
-    RESET = "reset"
-    #: features, memory and vrings set; nothing runs
-    CONFIGURED = "configured"
-    #: vrings are processed
-    RUNNING = "running"
-    #: frozen, all state kept
-    SUSPENDED = "suspended"
-    #: DEVICE_NEEDS_RESET or a transport error
-    FAILED = "failed"
-    #: gone
-    CLOSED = "closed"
-
-
-class Status(IntFlag):
-    """The virtio device status byte (virtio 1.4, section 2.1)."""
-
-    ACKNOWLEDGE = 1
-    DRIVER = 2
-    DRIVER_OK = 4
-    FEATURES_OK = 8
-    NEEDS_RESET = 64
-    FAILED = 128
-
-
-class Verb(Enum):
-    """What one can ask of a device."""
-
-    CONFIGURE = "configure"
-    START = "start"
-    SUSPEND = "suspend"
-    RESUME = "resume"
-    SAVE = "save"
-    LOAD = "load"
-    RESET = "reset"
-    CLOSE = "close"
-
-
-# fmt: off
-TRANSITIONS: Mapping[State, Mapping[Verb, State]] = MappingProxyType({
-    State.RESET: {
-        Verb.CONFIGURE: State.CONFIGURED, Verb.LOAD: State.SUSPENDED,
-        Verb.RESET: State.RESET, Verb.CLOSE: State.CLOSED,
-    },
-    State.CONFIGURED: {
-        Verb.CONFIGURE: State.CONFIGURED, Verb.START: State.RUNNING, Verb.LOAD: State.SUSPENDED,
-        Verb.RESET: State.RESET, Verb.CLOSE: State.CLOSED,
-    },
-    State.RUNNING: {
-        Verb.SUSPEND: State.SUSPENDED, Verb.RESET: State.RESET, Verb.CLOSE: State.CLOSED,
-    },
-    State.SUSPENDED: {
-        Verb.SUSPEND: State.SUSPENDED, Verb.RESUME: State.RUNNING, Verb.SAVE: State.SUSPENDED,
-        Verb.LOAD: State.SUSPENDED, Verb.RESET: State.RESET, Verb.CLOSE: State.CLOSED,
-    },
-    State.FAILED: {Verb.RESET: State.RESET, Verb.CLOSE: State.CLOSED},
-    State.CLOSED: {Verb.CLOSE: State.CLOSED},
-})
-# fmt: on
-
-
-def step(state: State, verb: Verb) -> State:
-    """The state after ``verb``.
-
-    Raises:
-        InvalidTransition: the table has no such step; the message names what is allowed.
-    """
-    try:
-        return TRANSITIONS[state][verb]
-    except KeyError:
-        allowed = ", ".join(v.value for v in TRANSITIONS[state])
-        raise InvalidTransition(
-            f"cannot {verb.value} a device that is {state.value}", f"allowed now: {allowed}"
-        ) from None
-
-
-class How(Enum):
-    """By what means a device does something."""
-
-    NATIVE = "native"
-    EMULATED = "emulated"
-    NO = "no"
-
-
-@dataclass(frozen=True, slots=True)
-class Ability:
-    """How one thing is done, and why it is done so or can't be."""
-
-    how: How
-    why: str
-
-    def __bool__(self) -> bool:
-        return self.how is not How.NO
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What a device can do and how; errors quote it, ``inspect`` prints it."""
-
-    suspend: Ability
-    resume: Ability
-    save: Ability
-    load: Ability
-    inflight: Ability
-    dirty_log: Ability
-    memory_hotplug: Ability
-    vring_stop: Ability
+if TYPE_CHECKING:
+    from .state import DeviceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +100,32 @@ class VringSetup:
         return (self.size, self.descriptor_area, self.driver_area, self.device_area)
 
 
+# How long one operation may take, in seconds. VDUSE gives its processes 30 for one request.
+WHOLE = 35.0
+
+P = ParamSpec("P")
+T = TypeVar("T")
+D = TypeVar("D", bound="Device")
+
+
+def whole(
+    method: Callable[Concatenate[D, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[D, P], Coroutine[Any, Any, T]]:
+    """Make a device's operation run to its end although its task is cancelled.
+
+    Half an operation is a stopped device. One that takes longer than ``WHOLE`` fails the device.
+    """
+
+    @functools.wraps(method)
+    async def run(self: D, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + WHOLE):
+            return await method(self, *args, **kwargs)
+        self.fail(f"it did not finish what it was asked for ({method.__name__}) in {WHOLE:g} s")
+        raise TransportLost(f"{self.info.target}: {self.failure}")
+
+    return run
+
+
 class Device(ABC):
     """A virtio device on either transport.
 
@@ -217,18 +135,24 @@ class Device(ABC):
 
     info: DeviceInfo
     capabilities: Capabilities
+    #: "vdpa" or "vhost-user".
+    transport: str
 
     def __init__(self) -> None:
         self.state = State.RESET
+        #: What was negotiated last, without what the transport adds.
+        self.features = 0
         #: Why the device is FAILED; empty otherwise.
         self.failure = ""
         #: Called when the device's configuration changed; never while it is suspended.
         self.on_config_change: Callable[[], None] = lambda: None
-        #: Called with the reason when the device fails outside any operation.
-        self.on_failure: Callable[[str], None] = lambda reason: None
+        #: Set when the device becomes FAILED.
+        self.failed = trio.Event()
 
     def _enter(self, verb: Verb) -> None:
         self.state = step(self.state, verb)
+        if self.state is State.RESET and self.failed.is_set():
+            self.failed, self.failure = trio.Event(), ""
 
     def _enter_running(self) -> None:
         if self.state is State.SUSPENDED:
@@ -239,9 +163,10 @@ class Device(ABC):
 
     def fail(self, reason: str) -> None:
         """Mark the device FAILED; only reset and close are left."""
-        if self.state is not State.CLOSED:
+        if self.state not in (State.CLOSED, State.FAILED):
             self.state = State.FAILED
             self.failure = reason
+            self.failed.set()
 
     @abstractmethod
     async def read_config(self, offset: int, size: int) -> bytes:
@@ -307,6 +232,116 @@ class Device(ABC):
     @abstractmethod
     async def aclose(self) -> None:
         """Release everything. Idempotent; never raises for a transport that is already gone."""
+
+    @property
+    @abstractmethod
+    def vrings(self) -> Mapping[int, VringSetup]:
+        """The vrings by index; while the device is SUSPENDED each has the base where it stopped."""
+
+    async def resume(self) -> None:
+        """Go on exactly where ``suspend`` stopped; every vring gets one kick and one call.
+
+        Raises:
+            InvalidTransition: the device is not SUSPENDED.
+        """
+        step(self.state, Verb.RESUME)
+        await self.run(self.features, [replace(v, base=None) for v in self.vrings.values()])
+
+    @property
+    def internal_owner(self) -> str | None:
+        """Whose state ``internal_source`` gives; ``None`` for devices that have no such state."""
+        return None
+
+    async def capture(self) -> DeviceState:
+        """The state of a SUSPENDED device, all but the internal one. Changes nothing.
+
+        Raises:
+            InvalidTransition: the device is not SUSPENDED.
+        """
+        from .state import DeviceState, VringState
+
+        step(self.state, Verb.SAVE)
+        return DeviceState(
+            transport=self.transport,
+            device_id=self.info.device_id,
+            features=self.features,
+            queue_num=self.info.queue_num,
+            config=await self.full_config(),
+            vrings=tuple(
+                VringState(
+                    index=v.index,
+                    size=v.size,
+                    base=v.base or 0,
+                    enabled=v.enabled,
+                    descriptor_area=v.descriptor_area,
+                    driver_area=v.driver_area,
+                    device_area=v.device_area,
+                )
+                for _, v in sorted(self.vrings.items())
+            ),
+            internal_owner=self.internal_owner,
+        )
+
+    async def full_config(self) -> bytes:
+        """The whole configuration space; empty where there is none to read."""
+        size = self.info.config_size
+        return await self.read_config(0, size) if size else b""
+
+    def load(self, state: DeviceState) -> None:
+        """Take over negotiated features and vring positions; SUSPENDED afterwards.
+
+        Nothing is done to the device itself before the next ``run``, whose eventfds and memory
+        come from the front-end. Whether the state fits is the caller's to check
+        (``state.compatibility``).
+
+        Raises:
+            InvalidTransition: the device runs.
+        """
+        after = step(self.state, Verb.LOAD)
+        self._place(
+            state.features,
+            [
+                VringSetup(
+                    index=v.index,
+                    size=v.size,
+                    descriptor_area=v.descriptor_area,
+                    driver_area=v.driver_area,
+                    device_area=v.device_area,
+                    base=v.base,
+                    kick=None,
+                    call=None,
+                    err=None,
+                    enabled=v.enabled,
+                )
+                for v in state.vrings
+            ],
+        )
+        self.state = after
+
+    @abstractmethod
+    def _place(self, features: int, vrings: Sequence[VringSetup]) -> None:
+        """Remember loaded vrings as the ones that stopped."""
+
+    def internal_source(self) -> AbstractAsyncContextManager[OwnedFd]:
+        """A pipe to read the back-end's internal state from, up to its end.
+
+        The block's end asks the back-end whether it was all. The state is not consumed.
+
+        Raises:
+            PeerError: the back-end refused, or says that it failed.
+        """
+        raise Unsupported(f"{self.info.target} has no internal state to save")
+
+    def internal_sink(self) -> AbstractAsyncContextManager[OwnedFd]:
+        """A pipe to write internal state into, for a device that was just loaded.
+
+        The block closes the descriptor when all is written; its end asks the back-end whether it
+        took it. If anything fails the device is FAILED: half a state is none.
+
+        Raises:
+            PeerError: the back-end refused, or says that it failed.
+        """
+        raise Unsupported(f"{self.info.target} takes no internal state")
 
     async def send_rarp(self, mac: int) -> None:
         """Announce the guest's MAC (vhost-user SEND_RARP's payload) to the network."""

@@ -7,6 +7,7 @@
     ├── Unsupported                 the device lacks what the operation needs
     ├── TargetError                 no such device or socket, busy, not permitted
     ├── ConfigError                 a wrong option, URI or configuration file
+    ├── StateError                  a saved state is damaged, too new, or can't be read or written
     ├── PeerError                   the other side broke the vhost-user protocol
     ├── TransportLost               socket or character device went away
     └── KernelRefused               an ioctl or IOTLB write failed; carries errno
@@ -47,6 +48,10 @@ class TargetError(BridgeError):
 
 class ConfigError(BridgeError):
     """An option, URI or configuration file is wrong; nothing was started."""
+
+
+class StateError(BridgeError):
+    """A device state can't be written, read, or understood; no device was touched for it."""
 
 
 class PeerError(BridgeError):

@@ -269,3 +269,13 @@ def writable_fields(device_id: int, features: int) -> tuple[Field, ...]:
         if field.valid(features)
         and (field.writable is Writable.YES or (legacy and field.writable is Writable.LEGACY))
     )
+
+
+def config_sizes(device_id: int, features: int) -> list[int]:
+    """How many configuration bytes to ask a back-end for, the most useful number first.
+
+    Back-ends refuse to read past the end of what they have, and don't say where that is.
+    """
+    valid = [field for field in CONFIG_FIELDS.get(device_id, ()) if field.valid(features)]
+    ends = {field.offset + field.kind.size for field in valid if field.kind.size}
+    return sorted(ends, reverse=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 from click.shell_completion import (
@@ -103,6 +104,13 @@ def backends(incomplete: str) -> list[CompletionItem[str]]:
     devices = [f"vdpa:{device.name}" for device in bus_devices(SYSFS_ROOT)]
     offered = [*devices, *(f"vhost-user:{path}" for path in _sockets("/run/"))]
     return [CompletionItem(uri) for uri in offered if uri.startswith(incomplete)]
+
+
+def bridges(incomplete: str, control: Path | None) -> list[str]:
+    """Names of running bridges, of daemons that answer at once."""
+    from .control_client import bridge_names
+
+    return [name for name in bridge_names(control) if name.startswith(incomplete)]
 
 
 def _after_scheme(scheme: str, rest: str) -> list[str]:

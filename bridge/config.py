@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -51,6 +52,26 @@ class BridgeConfig:
         check_backend(self.backend)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonConfig:
+    """What one daemon serves; ``control`` is its control socket, ``None`` for none."""
+
+    bridges: list[BridgeConfig]
+    control: Path | None = None
+
+
+def control_folder() -> Path | None:
+    """Where control sockets are found; ``None`` for a user without a runtime folder."""
+    runtime = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", "")
+    return Path(runtime, "vhost-bridge") if runtime.startswith("/") else None
+
+
+def usual_control(stem: str) -> Path | None:
+    """The control socket of a daemon: called like its bridge, or like its file."""
+    folder = control_folder()
+    return None if folder is None else folder / f"{stem}.sock"
+
+
 def parse_mode(text: str) -> int:
     """A socket's permission bits from octal digits.
 
@@ -62,8 +83,8 @@ def parse_mode(text: str) -> int:
     return int(text, 8)
 
 
-def load_config(path: Path) -> list[BridgeConfig]:
-    """Read a file of ``[[bridge]]`` tables.
+def load_config(path: Path) -> DaemonConfig:
+    """Read a file of ``[[bridge]]`` tables and ``control``, a path or false for no socket.
 
     Raises:
         ConfigError: it can't be read, is no TOML, or a bridge in it is wrong.
@@ -75,15 +96,20 @@ def load_config(path: Path) -> list[BridgeConfig]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     tables = document.pop("bridge", None)
+    control = document.pop("control", True)
     if document or not isinstance(tables, list) or not tables:
-        raise ConfigError(f"{path}: expected [[bridge]] tables and nothing else")
+        raise ConfigError(f"{path}: expected [[bridge]] tables, control and nothing else")
+    if not (isinstance(control, bool) or (isinstance(control, str) and control)):
+        raise ConfigError(f"{path}: control must be a path, or false for no control socket")
     bridges = [_bridge(path, number, table) for number, table in enumerate(tables, 1)]
     for key in ("name", "listen"):
         seen = [getattr(bridge, key) for bridge in bridges if getattr(bridge, key) is not None]
         twice = {value for value in seen if seen.count(value) > 1}
         if twice:
             raise ConfigError(f"{path}: {key} {sorted(twice)[0]!r} is used twice")
-    return bridges
+    if isinstance(control, str):
+        return DaemonConfig(bridges=bridges, control=Path(control))
+    return DaemonConfig(bridges=bridges, control=usual_control(path.stem) if control else None)
 
 
 def _bridge(path: Path, number: int, table: object) -> BridgeConfig:

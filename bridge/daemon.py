@@ -5,97 +5,14 @@ from __future__ import annotations
 import logging
 import resource
 import signal
-from collections.abc import Sequence
 from contextlib import suppress
 
 import trio
 
-from vhostbridge.backends import open_device
-from vhostbridge.backends.device import Device, State
-from vhostbridge.backends.errors import BridgeError, find_bridge_error
-from vhostbridge.backends.vhostuser.channel import Channel
-from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
-
-from .config import BridgeConfig
-from .endpoint import Endpoint, open_endpoint
-from .handlers import HANDLERS
-from .session import Session
+from .bridge import Bridge
+from .config import DaemonConfig
 
 _log = logging.getLogger("vhostbridge.daemon")
-
-# A back-end that went away is looked for this often, in seconds.
-RETRY = 0.5
-
-
-class Bridge:
-    """One front-end socket and one device. The device stays open from front-end to front-end."""
-
-    def __init__(self, config: BridgeConfig) -> None:
-        self.config = config
-        self.name = config.name
-
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve front-ends until cancelled, or until an inherited connection ends.
-
-        Raises:
-            BridgeError: the socket or the device could not be opened the first time.
-        """
-        endpoint = open_endpoint(self.config)
-        try:
-            started = False
-            told = ""
-            while True:
-                try:
-                    async with open_device(self.config.backend) as device:
-                        if not started:
-                            started = True
-                            task_status.started()
-                        _log.info("%s: %s is ready", self.name, self.config.backend)
-                        if not await self._serve_front_ends(endpoint, device):
-                            return
-                        _log.error("%s: the back-end failed: %s", self.name, device.failure)
-                except (BridgeError, BaseExceptionGroup) as error:
-                    cause = find_bridge_error(error)
-                    if cause is None or not started:
-                        raise
-                    if str(cause) != told:
-                        told = str(cause)
-                        _log.warning("%s: waiting for the back-end: %s", self.name, cause)
-                await trio.sleep(RETRY)
-        finally:
-            endpoint.close()
-
-    # True when the device failed and must be opened anew, False when no front-end can come again.
-    async def _serve_front_ends(self, endpoint: Endpoint, device: Device) -> bool:
-        while True:
-            sock: trio.socket.SocketType | None = None
-            with trio.CancelScope() as waiting:
-                device.on_failure = lambda reason, scope=waiting: scope.cancel()  # type: ignore[misc]
-                sock = await endpoint.next()
-                if sock is None:
-                    return False
-            if sock is not None:
-                await self._serve_one(sock, device)
-            if device.state is State.FAILED:
-                return True
-
-    async def _serve_one(self, sock: trio.socket.SocketType, device: Device) -> None:
-        channel = Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end")
-        peer = channel.peer_pid
-        _log.info("%s: front-end connected (pid %d)", self.name, peer)
-        left = False
-        try:
-            await Session(self.name, channel, device, HANDLERS).run()
-            left = True
-        except* BridgeError as group:
-            _log.error(
-                "%s: front-end (pid %d) cut off: %s", self.name, peer, find_bridge_error(group)
-            )
-        except* Exception:
-            # A bug of ours costs this front-end its connection, not the other bridges theirs.
-            _log.exception("%s: internal error, front-end (pid %d) cut off", self.name, peer)
-        if left:
-            _log.info("%s: front-end (pid %d) left", self.name, peer)
 
 
 def raise_memlock() -> None:
@@ -108,13 +25,14 @@ def raise_memlock() -> None:
             return
 
 
-async def serve(configs: Sequence[BridgeConfig]) -> None:
+async def serve(config: DaemonConfig) -> None:
     """Run bridges until SIGTERM or SIGINT; devices are suspended and reset before it returns.
 
     Raises:
         BridgeError: a bridge could not start; the others are stopped again.
     """
     raise_memlock()
+    bridges = [Bridge(one) for one in config.bridges]
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
 
@@ -123,9 +41,14 @@ async def serve(configs: Sequence[BridgeConfig]) -> None:
                     _log.info("stopping: %s", signal.Signals(number).name)
                     nursery.cancel_scope.cancel()
 
-            async with trio.open_nursery() as bridges:
+            async with trio.open_nursery() as running:
                 nursery.start_soon(stop_on_signal)
-                for config in configs:
-                    await bridges.start(Bridge(config).run)
-                _log.info("serving %d bridge%s", len(configs), "s" if len(configs) > 1 else "")
+                for bridge in bridges:
+                    await running.start(bridge.run)
+                if config.control is not None:
+                    from .control import serve_control
+
+                    named = {bridge.name: bridge for bridge in bridges}
+                    await nursery.start(serve_control, config.control, named)
+                _log.info("serving %d bridge%s", len(bridges), "s" if len(bridges) > 1 else "")
             nursery.cancel_scope.cancel()

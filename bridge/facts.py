@@ -7,13 +7,14 @@ strings, because JSON numbers lose bits beyond 2**53.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 
-from vhostbridge.backends.device import Capabilities, DeviceInfo
+from vhostbridge.backends.device import DeviceInfo
+from vhostbridge.backends.lifecycle import Capabilities
 from vhostbridge.backends.vdpa.inventory import Report
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
 from vhostbridge.backends.virtio import DeviceId, FsFeature, describe_vring, feature_names
-from vhostbridge.backends.virtio_config import CONFIG_FIELDS, ConfigValue
+from vhostbridge.backends.virtio_config import ConfigValue
 
 from .offer import HIDDEN, offered_protocol
 
@@ -81,24 +82,11 @@ def backend_vring_count(
     return queue_num
 
 
-def config_sizes(device_id: int, features: int) -> list[int]:
-    """How many configuration bytes to ask a back-end for, the most useful number first.
-
-    Back-ends refuse to read past the end of what they have, and don't say where that is.
-    """
-    valid = [field for field in CONFIG_FIELDS.get(device_id, ()) if field.valid(features)]
-    ends = {field.offset + field.kind.size for field in valid if field.kind.size}
-    return sorted(ends, reverse=True)
-
-
-def capabilities_report(capabilities: Capabilities) -> Report:
+def capabilities_report(capabilities: Capabilities) -> dict[str, dict[str, str]]:
     """How each thing is done and why so: ``{"suspend": {"how": "native", "why": …}, …}``."""
+    abilities = {field.name: getattr(capabilities, field.name) for field in fields(capabilities)}
     return {
-        field.name: {
-            key: getattr(value, "value", value)
-            for key, value in asdict(getattr(capabilities, field.name)).items()
-        }
-        for field in fields(capabilities)
+        name: {"how": ability.how.value, "why": ability.why} for name, ability in abilities.items()
     }
 
 

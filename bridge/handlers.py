@@ -12,9 +12,9 @@ from types import MappingProxyType
 
 import trio
 
-from vhostbridge.backends.device import State, Status
 from vhostbridge.backends.errors import BridgeError, PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, is_eventfd
+from vhostbridge.backends.lifecycle import State, Status
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.codec import Message
 from vhostbridge.backends.vhostuser.messages import (
@@ -283,15 +283,15 @@ async def set_status(session: Session, message: Message) -> None:
 
 
 async def reset_device(session: Session, message: Message) -> None:
-    if session.device.state is State.RUNNING:
-        await session.device.suspend()
-    await session.device.reset()
-    for vring in session.vrings.values():
-        call, vring.call = vring.call, None
-        vring.stop(None)
-        vring.call = call
-        vring.enabled = False
-    session.status = 0
+    """Everything is lost, but a state that was loaded and has not started: it is not the guest's.
+
+    QEMU resets its devices before it starts a guest that it restores.
+    """
+    if session.incoming is None:
+        if session.device.state is State.RUNNING:
+            await session.device.suspend()
+        await session.device.reset()
+    session.forget_vrings()
 
 
 async def send_rarp(session: Session, message: Message) -> None:

@@ -27,14 +27,15 @@ from vhostbridge.backends.vdpa.inventory import (
     take_inventory,
 )
 from vhostbridge.backends.vdpa.netlink import NetlinkRefused, VdpaNetlink
-from vhostbridge.backends.vhostuser.device import VhostUserDevice, open_vhost_user
+from vhostbridge.backends.vdpa.opening import device_on
+from vhostbridge.backends.vhostuser.connect import open_vhost_user
+from vhostbridge.backends.vhostuser.device import VhostUserDevice
 from vhostbridge.backends.virtio import describe_vring, device_id_of, device_name
-from vhostbridge.backends.virtio_config import ConfigValue, decode_config
+from vhostbridge.backends.virtio_config import ConfigValue, config_sizes, decode_config
 
 from .facts import (
     backend_vring_count,
     capabilities_report,
-    config_sizes,
     features_report,
     flag_names,
     obstacles,
@@ -160,7 +161,7 @@ def _management_facts(entry: InventoryEntry | None) -> Report:
 async def _open_and_describe(node: VdpaNode) -> Report:
     chardev = Chardev(node.node)
     try:
-        device = VdpaDevice(f"vdpa:{node.name}", chardev)
+        device = device_on(f"vdpa:{node.name}", chardev)
     except BaseException:
         chardev.close()
         raise

@@ -91,7 +91,7 @@ def bridges_of(pid: int, cmdline: Sequence[str], folder: Path) -> list[RunningBr
                 fd=None if bridge.fd is None else str(bridge.fd),
                 config=file,
             )
-            for bridge in load_config(path)
+            for bridge in load_config(path).bridges
         ]
     return [RunningBridge(pid=pid, config=file)]
 

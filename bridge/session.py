@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import trio
 
-from vhostbridge.backends.device import Device, State, Status
+from vhostbridge.backends.device import Device, VringSetup
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
 from vhostbridge.backends.fds import close_all
+from vhostbridge.backends.lifecycle import State, Status
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.codec import Message
 from vhostbridge.backends.vhostuser.messages import (
@@ -29,8 +31,12 @@ from vhostbridge.backends.vhostuser.messages import (
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
 from vhostbridge.backends.virtio import TransportFeature
 
+from .incoming import arriving, check_features
 from .memory import MemoryTable
 from .vring import FrontendVring
+
+if TYPE_CHECKING:
+    from vhostbridge.backends.state import DeviceState
 
 # How long a front-end must be silent before an incomplete set-up is taken as complete, in
 # seconds. Front-ends send a set-up in one go, microseconds apart.
@@ -57,9 +63,18 @@ class Session:
         channel: Channel,
         device: Device,
         handlers: Mapping[int, Handler],
+        *,
+        lock: trio.Lock | None = None,
+        incoming: DeviceState | None = None,
     ) -> None:
         self.name = name
         self.device = device
+        #: Held by whoever works on the device.
+        self.lock = lock or trio.Lock()
+        #: A state that the device was given and that waits for its vrings.
+        self.incoming = incoming
+        #: Whether the operator suspended the device: the front-end can't start it meanwhile.
+        self.held = False
         self.log = logging.LoggerAdapter(logging.getLogger("vhostbridge.session"), {"bridge": name})
         self.features = 0
         self.protocol = ProtocolFeature(0)
@@ -71,6 +86,9 @@ class Session:
         self._channel = channel
         self._handlers = handlers
         self._config_changed = trio.Event()
+        self._replaced = trio.Event()
+        # Where the operator stopped the device: enough for one that has no state of its own.
+        self._kept: DeviceState | None = None
 
     @property
     def packed(self) -> bool:
@@ -87,36 +105,57 @@ class Session:
         """
         failed = ""
 
-        def on_failure(reason: str) -> None:
+        async def watch_device() -> None:
             nonlocal failed
-            failed = reason
+            failed = await self._until_lost()
             nursery.cancel_scope.cancel()
 
         try:
             async with trio.open_nursery() as nursery:
-                self.device.on_config_change = lambda: self._config_changed.set()
-                self.device.on_failure = on_failure
+                self._listen_to_device()
+                nursery.start_soon(watch_device)
                 nursery.start_soon(self._notify_config_changes)
                 await self._serve_messages()
                 nursery.cancel_scope.cancel()
         finally:
-            with trio.move_on_after(LEAVE) as scope:
-                scope.shield = True
-                await self._leave()
+            with trio.move_on_after(LEAVE, shield=True) as scope:
+                async with self.lock:
+                    await self._leave()
             if scope.cancelled_caught:
                 self.device.fail(f"it did not stop within {LEAVE:g} s")
         if failed:
             raise TransportLost(f"the device failed: {failed}")
 
+    def _listen_to_device(self) -> None:
+        self.device.on_config_change = lambda: self._config_changed.set()
+
+    # Why the device is lost. While the operator holds it, it may be replaced.
+    async def _until_lost(self) -> str:
+        while True:
+            device = self.device
+            await device.failed.wait()
+            if not self.held:
+                return device.failure
+            await self._replaced.wait()
+
     async def _serve_messages(self) -> None:
         while True:
             if self._out_of_step and not await self._message_comes_first():
-                await self.apply()
+                async with self.lock:
+                    await self.apply()
                 continue
             message = await self._channel.receive()
             if message is None:
                 return
-            await self._handle(message)
+            try:
+                await self.lock.acquire()
+            except BaseException:
+                message.close()
+                raise
+            try:
+                await self._handle(message)
+            finally:
+                self.lock.release()
 
     async def _handle(self, message: Message) -> None:
         try:
@@ -189,6 +228,8 @@ class Session:
 
     @property
     def _out_of_step(self) -> bool:
+        if self.held:
+            return False
         vrings = self.vrings.values()
         if any(v.running for v in vrings) and self.device.state is State.SUSPENDED:
             return True
@@ -216,20 +257,88 @@ class Session:
         return first
 
     async def apply(self) -> None:
-        """Make the device run what the front-end has set up.
+        """Make the device run what the front-end has set up, unless the operator holds it.
 
         Raises:
+            PeerError: it does not go on where the incoming state stopped.
             BridgeError: the device can't; it does not run.
         """
+        if self.held:
+            return
         may_start = self._may_start
         vrings = [v for v in self.vrings.values() if v.running or (v.ready and may_start)]
         if not vrings:
             return
-        setups = [v.setup(self.memory, self.packed) for v in vrings]
-        await self.device.run(self.features & ~TransportFeature.PROTOCOL_FEATURES.mask, setups)
+        features = self.features & ~TransportFeature.PROTOCOL_FEATURES.mask
+        if self.incoming is not None:
+            check_features(self.incoming, features)
+        setups = [self._setup(v) for v in vrings]
+        await self.device.run(features, setups)
+        self.incoming = None
         for vring in vrings:
             vring.running, vring.base = True, None
         self.log.info("%s: running vrings %s", self.name, ", ".join(str(v.index) for v in vrings))
+
+    def _setup(self, vring: FrontendVring) -> VringSetup:
+        setup = vring.setup(self.memory, self.packed)
+        return setup if self.incoming is None else arriving(self.incoming, setup, vring.base)
+
+    async def hold(self) -> None:
+        """Suspend the device for the operator; its front-end's requests wait.
+
+        Raises:
+            BridgeError: it can't be suspended; it runs as before.
+        """
+        ran = self.device.state is State.RUNNING
+        await self.device.suspend()
+        self.held = True
+        try:
+            self._kept = await self.device.capture()
+        except BridgeError:
+            self.held = False
+            if ran:
+                await self.device.resume()
+            raise
+
+    async def release(self) -> None:
+        """Go on after ``hold``, with all that the front-end changed meanwhile.
+
+        Raises:
+            BridgeError: the device can't; it stays suspended.
+        """
+        self.held = False
+        try:
+            await self.apply()
+        except BaseException:
+            self.held = True
+            raise
+
+    async def attach(self, device: Device) -> None:
+        """Go over to ``device``, which takes the place of one that failed while it was held.
+
+        It is SUSPENDED where the other one was if that had no state but its vrings; else RESET, to
+        be loaded before ``release``.
+
+        Raises:
+            BridgeError: it does not take the guest's memory.
+        """
+        await device.set_memory(self.memory.regions)
+        if self._kept is not None and self._kept.internal_owner is None:
+            device.load(self._kept)
+        self.device = device
+        self._listen_to_device()
+        self._replaced.set()
+        self._replaced = trio.Event()
+
+    def forget_vrings(self) -> None:
+        """After a reset: vrings have no positions and don't run; their calls stay."""
+        for vring in self.vrings.values():
+            call, vring.call = vring.call, None
+            vring.stop(None)
+            vring.call = call
+            vring.enabled = False
+        self.status = 0
+        self.held = False
 
     async def stop_all(self) -> None:
         """Suspend the device and remember where every vring stopped."""
@@ -257,7 +366,6 @@ class Session:
 
     async def _leave(self) -> None:
         self.device.on_config_change = lambda: None
-        self.device.on_failure = lambda reason: None
         self._channel.close()
         if self.reverse is not None:
             self.reverse.close()
@@ -273,7 +381,11 @@ class Session:
             close_all(region.fd for region in self.memory.regions)
 
     # Suspended first, so that requests in flight are complete before guest memory goes.
+    # A state that still waits is for the next front-end.
     async def _clear_device(self) -> None:
+        if self.incoming is not None:
+            await self.device.set_memory([])
+            return
         if self.device.state is State.RUNNING:
             await self.device.suspend()
         await self.device.reset()

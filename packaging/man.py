@@ -15,6 +15,7 @@ from vhostbridge.cli import PROGRAM, cli
 
 SEE_ALSO = ("vdpa(8)", "qemu(1)", "virtiofsd(1)", "qemu-storage-daemon(1)", "systemd.exec(5)")
 FILES = (
+    ("/run/vhost-bridge", "control sockets of root's daemons, one each"),
     ("/dev/vhost-vdpa-N", "a vDPA device that the driver vhost_vdpa has"),
     ("/sys/bus/vdpa/devices", "the vDPA devices of this host"),
 )
@@ -55,7 +56,7 @@ def options(command: click.Command, context: click.Context) -> list[click.Option
 
 def synopsis(command: click.Command, context: click.Context) -> str:
     """Name, options and arguments of a command in one line."""
-    words = [f".B {escape(command.name or '')}\n.RI [ OPTION ]...\n"]
+    words = [f".B {escape(full_name(context))}\n.RI [ OPTION ]...\n"]
     for parameter in command.get_params(context):
         if isinstance(parameter, click.Argument):
             name = parameter.metavar or (parameter.name or "").upper()
@@ -64,15 +65,23 @@ def synopsis(command: click.Command, context: click.Context) -> str:
 
 
 def command_lines(command: click.Command, parent: click.Context) -> Iterator[str]:
-    """A subsection for one command: synopsis, text, options."""
+    """A subsection for one command: synopsis, text, options. Those of a group's commands follow."""
     context = click.Context(command, info_name=command.name, parent=parent)
-    yield f".SS {escape(command.name or '')}"
+    yield f".SS {escape(full_name(context))}"
     yield f".B {escape(PROGRAM)}"
     yield synopsis(command, context)
     yield from paragraphs(command.help or "")
     for option in options(command, context):
         if "--help" not in option.opts:
             yield from option_lines(option)
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            yield from command_lines(command.commands[name], context)
+
+
+def full_name(context: click.Context) -> str:
+    """A command's name, with that of the group it is in."""
+    return context.command_path.removeprefix(f"{PROGRAM} ")
 
 
 def page() -> str:

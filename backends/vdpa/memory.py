@@ -91,7 +91,8 @@ class GuestMemory:
         self._device = device
         self._batch = batch
         self._mappings: dict[tuple[int, int, int, int, int], Mapping] = {}
-        self._regions: Sequence[MemoryRegion] = ()
+        #: What ``update`` was given last.
+        self.regions: Sequence[MemoryRegion] = ()
 
     def update(self, regions: Sequence[MemoryRegion]) -> None:
         """Make ``regions`` the device's memory; what stays is not touched.
@@ -113,7 +114,7 @@ class GuestMemory:
         for mapping in gone:
             del self._mappings[mapping.key]
         self._mappings.update((m.key, m) for m in new)
-        self._regions = regions
+        self.regions = regions
         _unmap(gone)
 
     def needs_removal(self, regions: Sequence[MemoryRegion]) -> bool:
@@ -130,23 +131,6 @@ class GuestMemory:
         """Unmap everything; the device must be closed already."""
         _unmap(self._mappings.values())
         self._mappings.clear()
-
-    def read_u16(self, guest_address: int) -> int:
-        """A little-endian 16-bit word of guest memory.
-
-        It is read from the region's file: a front-end that made that shorter meanwhile would turn
-        a load from the mapping into a bus error.
-
-        Raises:
-            PeerError: the address is not in guest memory.
-        """
-        for region in self._regions:
-            if region.guest_address <= guest_address and guest_address + 2 <= region.end:
-                offset = region.offset + guest_address - region.guest_address
-                word = os.pread(region.fd.fileno(), 2, offset)
-                if len(word) == 2:
-                    return int.from_bytes(word, "little")
-        raise PeerError(f"guest address {guest_address:#x} is not in guest memory")
 
     # Entries out, entries in, in one batch where the kernel has it. On failure entries go back.
     def _change(self, gone: Sequence[Mapping], new: Sequence[Mapping]) -> None:

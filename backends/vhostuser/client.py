@@ -6,6 +6,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import trio
 
@@ -47,6 +48,17 @@ class Client:
         #: Called for CONFIG_CHANGE_MSG.
         self.on_config_change: Callable[[], None] = lambda: None
 
+    def peer_program(self) -> str:
+        """The back-end's program, without its folder; empty where the kernel doesn't tell."""
+        pid = self._channel.peer_pid
+        # A service manager that listens for others is not the back-end.
+        if pid <= 1:
+            return ""
+        try:
+            return Path(f"/proc/{pid}/exe").readlink().name
+        except OSError:
+            return ""
+
     async def request(
         self,
         request: Request,
@@ -72,6 +84,16 @@ class Client:
                     "its own log says why",
                 )
         return message.payload
+
+    async def exchange(
+        self, request: Request, payload: Payload, fds: Sequence[OwnedFd]
+    ) -> tuple[Payload, list[OwnedFd]]:
+        """Like ``request``, for a message whose own reply may bring descriptors."""
+        message = await self._exchange(request, payload, fds)
+        assert message is not None
+        taken = list(message.fds)
+        message.fds.clear()
+        return message.payload, taken
 
     async def _exchange(
         self, request: Request, payload: Payload | None, fds: Sequence[OwnedFd]

@@ -5,33 +5,22 @@ User addresses are ours to choose: we use guest addresses, so ring addresses nee
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import MappingProxyType
 
 import trio
 
-from vhostbridge.backends.device import (
-    Ability,
-    Capabilities,
-    Device,
-    DeviceInfo,
-    How,
-    MemoryRegion,
-    State,
-    Status,
-    Verb,
-    VringSetup,
-    step,
-)
+from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup, whole
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost, Unsupported
 from vhostbridge.backends.fds import OwnedFd, signal_eventfds
-from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature
+from vhostbridge.backends.lifecycle import Capabilities, State, Status, Verb, step
+from vhostbridge.backends.ring_memory import used_index
+from vhostbridge.backends.virtio import TransportFeature
 
 from .client import Client
 from .messages import (
-    MAX_CONFIG,
-    MAX_REGIONS,
     U64,
     Config,
     MemReg,
@@ -43,31 +32,29 @@ from .messages import (
     VringFd,
     VringState,
 )
-from .sockets import adopt, connect, listen, unlisten
+from .transfer import LOAD, SAVE, transfer
 
-# What we know how to live with. Back-ends offer more; nothing of it helps a bridge.
-_WANTED = (
-    ProtocolFeature.MQ
-    | ProtocolFeature.RARP
-    | ProtocolFeature.REPLY_ACK
-    | ProtocolFeature.NET_MTU
-    | ProtocolFeature.BACKEND_REQ
-    | ProtocolFeature.CONFIG
-    | ProtocolFeature.RESET_DEVICE
-    | ProtocolFeature.CONFIGURE_MEM_SLOTS
-    | ProtocolFeature.STATUS
-)
 _PF_BIT = TransportFeature.PROTOCOL_FEATURES.mask
 
-# The protocol counts a ring index in 8 bits.
-VRING_LIMIT = 256
+#: Whose internal state it is where the kernel doesn't tell which program a back-end is.
+UNKNOWN_OWNER = "an unknown back-end"
+
+# How long requests may still take once their back-end was told to stop, in seconds.
+DRAIN_SECONDS = 5.0
 
 
 class VhostUserDevice(Device):
     """A vhost-user back-end. Made by ``open_vhost_user``."""
 
+    transport = "vhost-user"
+
     def __init__(
-        self, client: Client, info: DeviceInfo, raw: int, offered: ProtocolFeature
+        self,
+        client: Client,
+        info: DeviceInfo,
+        capabilities: Capabilities,
+        raw: int,
+        offered: ProtocolFeature,
     ) -> None:
         super().__init__()
         self._client = client
@@ -75,11 +62,15 @@ class VhostUserDevice(Device):
         #: All protocol features that the back-end offers, wanted or not.
         self.protocol_offered = offered
         self._has_protocol = bool(raw & _PF_BIT)
+        self._owner = client.peer_program() or UNKNOWN_OWNER
         self._regions: dict[tuple[int, int, int, int, int], MemoryRegion] = {}
         self._rings: dict[int, VringSetup] = {}
-        self._bases: dict[int, int] = {}
+        # Where vrings stopped; each with its base.
+        self._stopped: dict[int, VringSetup] = {}
         self._config_changed = False
-        self.capabilities = _capabilities(offered)
+        # How many bytes of configuration space are known to be there.
+        self._config_read = 0
+        self.capabilities = capabilities
         client.on_config_change = self._config_change
 
     def _has(self, feature: ProtocolFeature) -> bool:
@@ -91,6 +82,11 @@ class VhostUserDevice(Device):
             self.on_config_change()
         else:
             self._config_changed = True
+
+    def _tell_config_change(self) -> None:
+        if self._config_changed:
+            self._config_changed = False
+            self.on_config_change()
 
     # Configuration
 
@@ -104,7 +100,12 @@ class VhostUserDevice(Device):
                 f"back-end {self.info.target} answered {len(reply.data)} configuration bytes, "
                 f"{size} were asked"
             )
+        self._config_read = max(self._config_read, offset + size)
         return reply.data
+
+    async def full_config(self) -> bytes:
+        """What the front-end has read of it: a back-end does not say how much there is."""
+        return await self.read_config(0, self._config_read) if self._config_read else b""
 
     async def write_config(self, offset: int, data: bytes, flags: int) -> None:
         if not self._has(ProtocolFeature.CONFIG):
@@ -119,6 +120,7 @@ class VhostUserDevice(Device):
 
     # Memory
 
+    @whole
     async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
         wanted = {region.key: region for region in regions}
         if len(wanted) > self.info.region_max:
@@ -175,32 +177,50 @@ class VhostUserDevice(Device):
 
     # Life
 
+    @property
+    def vrings(self) -> Mapping[int, VringSetup]:
+        return MappingProxyType({**self._stopped, **self._rings})
+
+    @whole
     async def run(self, features: int, vrings: Sequence[VringSetup]) -> None:
         wanted = [self._with_base(v) for v in vrings]
         new = [v for v in wanted if not self._goes_on(v)]
         keep = {v.index for v in wanted} - {v.index for v in new}
-        for index in [index for index in self._rings if index not in keep]:
-            await self._stop(index)
+        before = dict(self._rings)
         try:
+            for index in [index for index in self._rings if index not in keep]:
+                await self._stop(index)
             await self._start(features, new)
-        except TransportLost as error:
-            self.fail(str(error))
-            raise
-        except BridgeError:
-            for vring in new:
-                await self._stop(vring.index)
+        except BridgeError as error:
+            await self._go_back(before, error)
             raise
         self._enter_running()
         await signal_eventfds(*(fd for v in new for fd in (v.kick, v.call)))
-        if self._config_changed:
-            self._config_changed = False
-            self.on_config_change()
+        self._tell_config_change()
+
+    # As it was before an operation that failed: these vrings run, from where they are.
+    async def _go_back(self, before: Mapping[int, VringSetup], error: BridgeError) -> None:
+        if isinstance(error, TransportLost):
+            self.fail(str(error))
+            return
+        try:
+            for index in [i for i, v in self._rings.items() if before.get(i) is not v]:
+                await self._stop(index)
+            again = [
+                replace(v, base=self._stopped[i].base)
+                for i, v in before.items()
+                if i not in self._rings
+            ]
+            if again:
+                await self._start(self.features, again)
+                await signal_eventfds(*(fd for v in again for fd in (v.kick, v.call)))
+        except BridgeError as second:
+            self.fail(f"{error}; going back failed too: {second}")
 
     # QEMU's order: features, rings, enable, status.
     async def _start(self, features: int, vrings: Sequence[VringSetup]) -> None:
         if not self._rings:
-            word = features | (_PF_BIT if self._has_protocol else 0)
-            await self._client.request(Request.SET_FEATURES, U64(word))
+            await self._set_features(features)
             await self._add_status(Status.FEATURES_OK)
         for vring in vrings:
             await self._program(vring)
@@ -211,6 +231,11 @@ class VhostUserDevice(Device):
             Status.ACKNOWLEDGE | Status.DRIVER | Status.DRIVER_OK | Status.FEATURES_OK
         )
 
+    async def _set_features(self, features: int) -> None:
+        word = features | (_PF_BIT if self._has_protocol else 0)
+        await self._client.request(Request.SET_FEATURES, U64(word))
+        self.features = features
+
     def _goes_on(self, vring: VringSetup) -> bool:
         running = self._rings.get(vring.index)
         return running is not None and running.layout == vring.layout and vring.base == running.base
@@ -218,11 +243,10 @@ class VhostUserDevice(Device):
     def _with_base(self, vring: VringSetup) -> VringSetup:
         if vring.base is not None:
             return vring
-        if vring.index in self._rings:
-            return replace(vring, base=self._rings[vring.index].base)
-        if vring.index in self._bases:
-            return replace(vring, base=self._bases[vring.index])
-        raise BridgeError(f"vring {vring.index} has no base to go on from")
+        known = self._rings.get(vring.index) or self._stopped.get(vring.index)
+        if known is None:
+            raise BridgeError(f"vring {vring.index} has no base to go on from")
+        return replace(vring, base=known.base)
 
     async def _add_status(self, bits: Status) -> None:
         if self._has(ProtocolFeature.STATUS):
@@ -243,49 +267,114 @@ class VhostUserDevice(Device):
         await self._send_fd(Request.SET_VRING_CALL, index, vring.call)
         # From the kick on it runs, whether or not we get to see the answer.
         self._rings[index] = vring
+        self._stopped.pop(index, None)
         await self._send_fd(Request.SET_VRING_KICK, index, vring.kick)
 
     async def _send_fd(self, request: Request, index: int, fd: OwnedFd | None) -> None:
         fds = [] if fd is None else [fd]
         await self._client.request(request, VringFd(index, fd is not None), fds)
 
+    @whole
     async def stop_vring(self, index: int) -> int:
-        await self._stop(index)
+        before = dict(self._rings)
+        try:
+            await self._stop(index)
+        except BridgeError as error:
+            await self._go_back(before, error)
+            raise
         if not self._rings and self.state is State.RUNNING:
             self._enter(Verb.SUSPEND)
-        if index not in self._bases:
+        stopped = self._stopped.get(index)
+        if stopped is None or stopped.base is None:
             raise BridgeError(f"vring {index} was never started")
-        return self._bases[index]
+        return stopped.base
 
-    # The back-end answers once all requests of the ring are complete.
     async def _stop(self, index: int) -> None:
-        if index not in self._rings:
+        vring = self._rings.get(index)
+        if vring is None:
             return
         reply = await self._client.request(Request.GET_VRING_BASE, VringState(index, 0))
         assert isinstance(reply, VringState)
         if reply.index != index:
             self.fail(f"the back-end answered for vring {reply.index}, {index} was asked")
             raise PeerError(f"back-end {self.info.target}: {self.failure}")
-        self._bases[index] = reply.num
         del self._rings[index]
+        self._stopped[index] = replace(vring, base=reply.num)
+        if not self.features & TransportFeature.RING_PACKED.mask:
+            await self._drain(vring, reply.num)
 
+    # The back-end has to complete a ring's requests before it answers GET_VRING_BASE, but
+    # qemu-storage-daemon (10.0) answers first: it writes to guest memory for as long as they take.
+    async def _drain(self, vring: VringSetup, base: int) -> None:
+        try:
+            with trio.fail_after(DRAIN_SECONDS):
+                # Memory has no event to wait for.
+                while (used := used_index(self._regions.values(), vring)) != base:  # noqa: ASYNC110
+                    await trio.sleep(0.0005)
+        except trio.TooSlowError:
+            raise Unsupported(
+                f"{self.info.target} can't be stopped: vring {vring.index} has "
+                f"{(base - used) & 0xFFFF} requests that did not finish in {DRAIN_SECONDS:g} s"
+            ) from None
+
+    @whole
     async def suspend(self) -> None:
-        step(self.state, Verb.SUSPEND)
-        for index in list(self._rings):
-            await self._stop(index)
-        self._enter(Verb.SUSPEND)
+        after = step(self.state, Verb.SUSPEND)
+        before = dict(self._rings)
+        try:
+            for index in before:
+                await self._stop(index)
+        except BridgeError as error:
+            await self._go_back(before, error)
+            raise
+        self.state = after
 
+    @whole
     async def reset(self) -> None:
         step(self.state, Verb.RESET)
         for index in list(self._rings):
             await self._stop(index)
-        if self._bases:
+        if self._stopped:
             if self._has(ProtocolFeature.STATUS):
                 await self._client.request(Request.SET_STATUS, U64(0))
             if self._has(ProtocolFeature.RESET_DEVICE):
                 await self._client.request(Request.RESET_DEVICE)
-        self._bases.clear()
+        self._stopped.clear()
+        self.features = 0
         self._enter(Verb.RESET)
+
+    # State
+
+    def _place(self, features: int, vrings: Sequence[VringSetup]) -> None:
+        self.features = features
+        self._stopped = {v.index: v for v in vrings}
+
+    @property
+    def internal_owner(self) -> str | None:
+        return self._owner if self._has(ProtocolFeature.DEVICE_STATE) else None
+
+    def _need_device_state(self) -> None:
+        if not self._has(ProtocolFeature.DEVICE_STATE):
+            raise Unsupported(f"back-end {self.info.target} does not offer DEVICE_STATE")
+
+    @asynccontextmanager
+    async def internal_source(self) -> AsyncIterator[OwnedFd]:
+        step(self.state, Verb.SAVE)
+        self._need_device_state()
+        async with transfer(self._client, SAVE) as pipe:
+            yield pipe
+
+    @asynccontextmanager
+    async def internal_sink(self) -> AsyncIterator[OwnedFd]:
+        step(self.state, Verb.LOAD)
+        self._need_device_state()
+        try:
+            await self._set_features(self.features)
+            async with transfer(self._client, LOAD) as pipe:
+                yield pipe
+        except BaseException as error:
+            self.fail(f"its internal state was not loaded whole: {error}")
+            raise
 
     # Changes while running
 
@@ -322,137 +411,3 @@ class VhostUserDevice(Device):
 
 def _wire_region(region: MemoryRegion) -> Region:
     return Region(region.guest_address, region.size, region.guest_address, region.offset)
-
-
-def _capabilities(offered: ProtocolFeature) -> Capabilities:
-    native = How.NATIVE
-    no = Ability(How.NO, "not implemented yet")
-    return Capabilities(
-        suspend=Ability(native, "GET_VRING_BASE on every vring"),
-        resume=Ability(native, "vrings set up and kicked again"),
-        save=no,
-        load=no,
-        inflight=Ability(native, "INFLIGHT_SHMFD")
-        if ProtocolFeature.INFLIGHT_SHMFD in offered
-        else Ability(How.NO, "the back-end does not offer INFLIGHT_SHMFD"),
-        dirty_log=Ability(native, "LOG_SHMFD")
-        if ProtocolFeature.LOG_SHMFD in offered
-        else Ability(How.NO, "the back-end does not offer LOG_SHMFD"),
-        memory_hotplug=Ability(native, "CONFIGURE_MEM_SLOTS")
-        if ProtocolFeature.CONFIGURE_MEM_SLOTS in offered
-        else Ability(How.EMULATED, f"the whole table is sent again, {MAX_REGIONS} regions at most"),
-        vring_stop=Ability(native, "GET_VRING_BASE"),
-    )
-
-
-@asynccontextmanager
-async def open_vhost_user(target: str, path: str) -> AsyncIterator[VhostUserDevice]:
-    """Connect to the back-end that listens on ``path`` for the block's length.
-
-    Raises:
-        TargetError: nobody listens there.
-        PeerError: what listens there does not speak vhost-user as a back-end.
-    """
-    async with _client(await connect(path), target) as device:
-        yield device
-
-
-@asynccontextmanager
-async def await_vhost_user(target: str, path: str) -> AsyncIterator[VhostUserDevice]:
-    """Listen on ``path`` and wait for a back-end that connects (OVS and DPDK in client mode).
-
-    Raises:
-        TargetError: ``path`` can't be bound.
-    """
-    listener = listen(path)
-    try:
-        sock, _ = await listener.accept()
-    finally:
-        unlisten(listener, path)
-    async with _client(sock, target) as device:
-        yield device
-
-
-@asynccontextmanager
-async def adopt_vhost_user(target: str, fd: int) -> AsyncIterator[VhostUserDevice]:
-    """Like ``open_vhost_user``, on a connected socket that this process inherited.
-
-    Raises:
-        TargetError: ``fd`` is no connected UNIX stream socket.
-    """
-    async with _client(adopt(fd), target) as device:
-        yield device
-
-
-@asynccontextmanager
-async def _client(sock: trio.socket.SocketType, target: str) -> AsyncIterator[VhostUserDevice]:
-    client = Client(sock, target)
-    device: VhostUserDevice | None = None
-    lost: BridgeError | None = None
-    # Who is cancelled still has to stop the device, and needs the answers for that.
-    reading = trio.CancelScope(shield=True)
-
-    async def serve() -> None:
-        nonlocal lost
-        with reading:
-            lost = await client.serve()
-            if device is not None and device.state is not State.CLOSED:
-                device.fail(str(lost))
-                device.on_failure(device.failure)
-
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve)
-            try:
-                device = await _handshake(client, target)
-                if lost is not None:
-                    raise lost
-                nursery.start_soon(client.serve_reverse)
-                yield device
-            finally:
-                reading.cancel()
-            nursery.cancel_scope.cancel()
-    finally:
-        client.close()
-        if device is not None:
-            device.state = State.CLOSED
-
-
-# QEMU's order of a connection.
-async def _handshake(client: Client, target: str) -> VhostUserDevice:
-    features = await _u64(client, Request.GET_FEATURES)
-    offered = ProtocolFeature(0)
-    if features & _PF_BIT:
-        offered = ProtocolFeature(await _u64(client, Request.GET_PROTOCOL_FEATURES))
-        wanted = offered & _WANTED
-        await client.request(Request.SET_PROTOCOL_FEATURES, U64(int(wanted)))
-        client.protocol = wanted
-    has = client.protocol.__contains__
-    queues = await _u64(client, Request.GET_QUEUE_NUM) if has(ProtocolFeature.MQ) else 1
-    slots = MAX_REGIONS
-    if has(ProtocolFeature.CONFIGURE_MEM_SLOTS):
-        slots = await _u64(client, Request.GET_MAX_MEM_SLOTS)
-    if has(ProtocolFeature.BACKEND_REQ):
-        await client.open_reverse()
-    await client.request(Request.SET_OWNER)
-    info = DeviceInfo(
-        target=target,
-        device_id=None,
-        features=features & ~VHOST_ONLY_FEATURES,
-        vring_limit=VRING_LIMIT,
-        queue_num=queues,
-        vring_size_max=32768,
-        config_size=MAX_CONFIG if has(ProtocolFeature.CONFIG) else 0,
-        iova_first=0,
-        iova_last=2**64 - 1,
-        region_max=slots,
-        forwards_mtu=has(ProtocolFeature.NET_MTU),
-        forwards_rarp=has(ProtocolFeature.RARP),
-    )
-    return VhostUserDevice(client, info, features, offered)
-
-
-async def _u64(client: Client, request: Request) -> int:
-    reply = await client.request(request)
-    assert isinstance(reply, U64)
-    return reply.value

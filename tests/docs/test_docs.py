@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from vhostbridge.backends.device import TRANSITIONS
+from vhostbridge.backends.lifecycle import TRANSITIONS
 from vhostbridge.backends.vhostuser.messages import Request
 from vhostbridge.bridge.handlers import HANDLERS
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("cli.py", "bridge", "backends")
+SOURCES = ("cli", "bridge", "backends")
 # What stands for something else in a message of errors.md: capital letters, numbers, dots.
 PLACEHOLDER = re.compile(r"\b[A-Z][A-Z_]*\b|\b\d+\b|…|[()\[\]'`,]")
 

@@ -15,7 +15,7 @@ from .report import REPOSITORY, RigError, cache_folder, locked, step
 
 # What a wheel is made of. A copy is built, so that no left-overs of other builds get in.
 SOURCES = (
-    *("backends", "bridge", "native", "vhostbridge", "cli.py"),
+    *("backends", "bridge", "native", "vhostbridge", "cli"),
     *("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"),
 )
 LEFT_OVERS = shutil.ignore_patterns("__pycache__", "*.so", "*.o", "_native.c")

@@ -9,25 +9,15 @@ import array
 import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import trio
 
-from vhostbridge.backends.device import (
-    Ability,
-    Capabilities,
-    Device,
-    DeviceInfo,
-    How,
-    MemoryRegion,
-    State,
-    Verb,
-    VringSetup,
-    step,
-)
+from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup
 from vhostbridge.backends.fds import OwnedFd, signal_eventfds
+from vhostbridge.backends.lifecycle import Ability, Capabilities, How, State, Verb, step
 
 RING_PACKED = 1 << 34
 VERSION_1 = 1 << 32
@@ -71,9 +61,21 @@ class FakeDevice(Device):
         self.refuse: dict[str, Exception] = {}
         self.regions: list[MemoryRegion] = []
         self.rings: dict[int, VringSetup] = {}
+        self.placed: dict[int, VringSetup] = {}
         self.bases: dict[int, int] = {}
         self.config = bytes(range(self.info.config_size))
         self.config_changed = False
+
+    transport = "fake"
+
+    @property
+    def vrings(self) -> Mapping[int, VringSetup]:
+        return {i: replace(v, base=self.bases.get(i)) for i, v in self.placed.items()}
+
+    def _place(self, features: int, vrings: Sequence[VringSetup]) -> None:
+        self.features = features
+        self.placed = {v.index: v for v in vrings}
+        self.bases = {v.index: v.base or 0 for v in vrings}
 
     async def _called(self, name: str, *arguments: object) -> None:
         await trio.lowlevel.checkpoint()
@@ -116,6 +118,8 @@ class FakeDevice(Device):
         self._enter_running()
         self.bases = {**self.bases, **bases}
         self.rings = {v.index: v for v in vrings}
+        self.placed = dict(self.rings)
+        self.features = features
         await signal_eventfds(*(fd for v in vrings for fd in (v.kick, v.call)))
         if self.config_changed:
             self.config_changed = False
@@ -165,13 +169,14 @@ class FakeDevice(Device):
     async def suspend(self) -> None:
         step(self.state, Verb.SUSPEND)
         await self._called("suspend")
-        self._stop()
+        if self.state is State.RUNNING:
+            self._stop()
 
     async def reset(self) -> None:
         step(self.state, Verb.RESET)
         await self._called("reset")
         self._enter(Verb.RESET)
-        self.rings, self.bases = {}, {}
+        self.rings, self.bases, self.placed = {}, {}, {}
 
     async def set_call(self, index: int, fd: OwnedFd | None) -> None:
         await self._called("set_call", index, fd is not None)

@@ -23,9 +23,9 @@ from tests.unit.fakes import (
     state,
     u64,
 )
-from vhostbridge.backends.device import State
 from vhostbridge.backends.errors import BridgeError, find_bridge_error
 from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature, Request
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
@@ -68,8 +68,9 @@ class FrontEnd:
     ``need_reply`` makes ``tell`` ask for an acknowledgement. ``outcome`` is why the session ended.
     """
 
-    def __init__(self, sock: socket.socket, device: FakeDevice) -> None:
+    def __init__(self, sock: socket.socket, device: FakeDevice, session: Session) -> None:
         self.peer = RawPeer(sock)
+        self.session = session
         self.device = device
         self.need_reply = False
         self.outcome: BridgeError | None = None
@@ -203,20 +204,21 @@ async def connected(device: FakeDevice | None = None) -> AsyncIterator[FrontEnd]
     """A front-end and its session. Afterwards the device is as it was, unless it failed."""
     device = device or FakeDevice()
     ours, theirs = socket.socketpair()
-    vm = FrontEnd(theirs, device)
     sock = trio.socket.from_stdlib_socket(ours)
     channel = Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end")
+    session = Session("vm", channel, device, HANDLERS)
+    vm = FrontEnd(theirs, device, session)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(vm.watch, Session("vm", channel, device, HANDLERS))
+            nursery.start_soon(vm.watch, session)
             yield vm
             vm.peer.close()
             await vm.ended.wait()
     finally:
         vm.close()
-    if device.state is not State.FAILED:
-        assert device.state is State.RESET
-        assert device.regions == []
+    if vm.device.state is not State.FAILED:
+        assert vm.device.state is State.RESET
+        assert vm.device.regions == []
 
 
 def shared_files() -> int:

@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 import trio
 
 from tests.unit.fakes import DEVICE_FEATURES, PROTOCOL_FEATURES, Frame, RawPeer, frame, state, u64
-from vhostbridge.backends.vhostuser.device import VhostUserDevice, adopt_vhost_user
+from vhostbridge.backends.vhostuser.connect import adopt_vhost_user
+from vhostbridge.backends.vhostuser.device import VhostUserDevice
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature, Request
 
 PF = ProtocolFeature

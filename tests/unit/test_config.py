@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vhostbridge.backends.errors import ConfigError
+from vhostbridge.bridge import config
 from vhostbridge.bridge.config import BridgeConfig, load_config, parse_mode
 
 GOOD = '[[bridge]]\nname = "a"\nlisten = "/run/a"\nbackend = "vdpa:a"\n'
@@ -14,7 +15,7 @@ GOOD = '[[bridge]]\nname = "a"\nlisten = "/run/a"\nbackend = "vdpa:a"\n'
 
 def load(tmp_path: Path, text: str) -> list[BridgeConfig]:
     (tmp_path / "f.toml").write_text(text)
-    return load_config(tmp_path / "f.toml")
+    return load_config(tmp_path / "f.toml").bridges
 
 
 def test_file_gives_its_bridges_in_order(tmp_path: Path) -> None:
@@ -39,12 +40,47 @@ def test_file_gives_its_bridges_in_order(tmp_path: Path) -> None:
         (GOOD + GOOD, "name 'a' is used twice"),
         (GOOD.replace('backend = "vdpa:a"\n', ""), "bridge 1: backend is missing"),
         ("[bridge]\nname = 1\n", "expected [[bridge]] tables"),
+        ("control = 3\n" + GOOD, "control must be a path, or false"),
+        ('control = ""\n' + GOOD, "control must be a path, or false"),
     ],
 )
 def test_wrong_file_is_refused_with_the_place(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError) as refused:
         load(tmp_path, text)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "control"),
+    [
+        ("", "{folder}/vhost-bridge/f.sock"),
+        ('control = "/x/y.sock"\n', "/x/y.sock"),
+        ("control = true\n", "{folder}/vhost-bridge/f.sock"),
+        ("control = false\n", None),
+    ],
+)
+def test_file_says_where_the_control_socket_is(
+    line: str, control: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "f.toml").write_text(line + GOOD)
+    expected = control and Path(control.format(folder=tmp_path))
+    assert load_config(tmp_path / "f.toml").control == expected
+
+
+def test_control_socket_of_root_is_in_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/elsewhere")
+    assert config.usual_control("vm1") == Path("/run/vhost-bridge/vm1.sock")
+
+
+def test_user_without_a_runtime_folder_has_no_usual_control_socket(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    assert config.usual_control("vm1") is None
 
 
 def test_file_that_is_not_there(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from vhostbridge.backends.device import Ability, Capabilities, DeviceInfo, How
+from vhostbridge.backends.device import DeviceInfo
 from vhostbridge.backends.holders import Holder
+from vhostbridge.backends.lifecycle import Ability, Capabilities, How
 from vhostbridge.backends.vdpa.discovery import BusDevice
 from vhostbridge.backends.vdpa.inventory import Inventory, InventoryEntry
 from vhostbridge.backends.virtio import DeviceId, FsFeature, NetFeature, TransportFeature
+from vhostbridge.backends.virtio_config import config_sizes
 from vhostbridge.backends.virtio_features import BlockFeature
 from vhostbridge.bridge import facts, inspect, listing, render
 
@@ -158,8 +160,8 @@ def test_features_are_split_into_offered_and_hidden_with_reasons() -> None:
 
 
 def test_configuration_is_asked_for_in_the_sizes_of_valid_fields() -> None:
-    assert facts.config_sizes(DeviceId.BLOCK, BlockFeature.BLK_SIZE.mask) == [24, 8]
-    assert facts.config_sizes(DeviceId.RNG, 0) == []
+    assert config_sizes(DeviceId.BLOCK, BlockFeature.BLK_SIZE.mask) == [24, 8]
+    assert config_sizes(DeviceId.RNG, 0) == []
 
 
 @pytest.mark.parametrize(

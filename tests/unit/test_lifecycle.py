@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import vhostbridge
-from vhostbridge.backends.device import TRANSITIONS, State, Verb, step
 from vhostbridge.backends.errors import InvalidTransition
+from vhostbridge.backends.lifecycle import TRANSITIONS, State, Verb, step
 
 PACKAGE = Path(vhostbridge.__file__).parent
 #: Who may import whom, lowest first.

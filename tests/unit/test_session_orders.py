@@ -32,7 +32,7 @@ from tests.unit.frontend import (
     ring,
     table,
 )
-from vhostbridge.backends.device import State
+from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.messages import Request as R
 
 ALL = ("set_memory", (0, MEMORY))

@@ -6,13 +6,20 @@ import pytest
 
 from .checks import GUEST, GuestChecks, checks_of
 
+# Checks that count rounds.
+SOAK = ("front_ends_killed_at_any_point", "libblkio_killed_at_any_point")
 MODULES = sorted(path.stem for path in GUEST.glob("checks_*.py"))
 
 
 @pytest.mark.parametrize(
     ("module", "check"),
     [
-        pytest.param(module, check, id=f"{module.removeprefix('checks_')}: {check}")
+        pytest.param(
+            module,
+            check,
+            id=f"{module.removeprefix('checks_')}: {check}",
+            marks=[pytest.mark.soak] if check in SOAK else [],
+        )
         for module in MODULES
         for check in checks_of(module)
     ],

@@ -11,11 +11,13 @@ from unittest import mock
 
 import trio
 
-from vhostbridge.backends.device import How, MemoryRegion, State, VringSetup
+from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.errors import BridgeError, PeerError, TargetError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, close_all
+from vhostbridge.backends.lifecycle import How, State
 from vhostbridge.backends.vdpa.chardev import BackendFeature, Chardev
-from vhostbridge.backends.vdpa.device import VdpaDevice, open_vdpa
+from vhostbridge.backends.vdpa.device import VdpaDevice
+from vhostbridge.backends.vdpa.opening import open_vdpa
 
 from .blk import OUT, BlockDriver, Request, content
 from .devices import block_device, net_device
@@ -70,7 +72,7 @@ def calls_of(device: VdpaDevice) -> Calls:
 @contextlib.asynccontextmanager
 async def opened(node: str, without: BackendFeature) -> AsyncIterator[VdpaDevice]:
     kind = type("Without", (Recorder,), {"without": without})
-    with mock.patch("vhostbridge.backends.vdpa.device.Chardev", kind):
+    with mock.patch("vhostbridge.backends.vdpa.opening.Chardev", kind):
         async with open_vdpa("vdpa:it", Path(node)) as device:
             yield device
     close_all(_lent)

@@ -10,18 +10,19 @@ import faulthandler
 import importlib
 import io
 import json
+import os
 import signal
 import sys
 import time
 import traceback
 from types import FrameType
 
-SECONDS = 100  # a check may take
+SECONDS = 900 if os.environ.get("VHOST_BRIDGE_SOAK") else 100  # a check may take
 
 # What every bridge needs, imported once: they are forks of this process.
 WARM = (
-    *("vhostbridge.cli", "vhostbridge.bridge.daemon", "vhostbridge.backends.vdpa.device"),
-    *("vhostbridge.backends.vdpa.discovery", "vhostbridge.backends.vhostuser.device"),
+    *("vhostbridge.cli", "vhostbridge.bridge.daemon", "vhostbridge.backends.vdpa.opening"),
+    *("vhostbridge.backends.vdpa.discovery", "vhostbridge.backends.vhostuser.connect"),
 )
 
 

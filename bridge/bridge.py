@@ -1,0 +1,315 @@
+"""One bridge: a front-end socket and a device, and what an operator can ask of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+
+import trio
+
+from vhostbridge.backends import open_device
+from vhostbridge.backends.device import Device
+from vhostbridge.backends.errors import (
+    BridgeError,
+    InvalidTransition,
+    PeerError,
+    Unsupported,
+    find_bridge_error,
+)
+from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.lifecycle import State, Verb, step
+from vhostbridge.backends.state import DeviceState, compatibility
+from vhostbridge.backends.state_stream import (
+    CheckedFd,
+    Sink,
+    Source,
+    check_stream,
+    load_internal,
+    save_stream,
+)
+from vhostbridge.backends.vhostuser.channel import Channel
+from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
+from vhostbridge.backends.virtio_config import config_sizes
+
+from .config import BridgeConfig
+from .endpoint import open_endpoint
+from .handlers import HANDLERS
+from .incoming import disagreements
+from .session import Session
+from .status import BridgeStatus
+from .survey import survey
+
+_log = logging.getLogger("vhostbridge.daemon")
+
+# A back-end that went away is looked for this often, in seconds.
+RETRY = 0.5
+
+Progress = Callable[[int], None]
+
+
+class Bridge:
+    """One front-end socket and one device. The device stays open from front-end to front-end.
+
+    The operator's operations may come at any time, from any task; they wait for each other and
+    for the front-end's message that is being served. One that fails leaves the device as it was,
+    or FAILED.
+    """
+
+    def __init__(self, config: BridgeConfig) -> None:
+        self.config = config
+        self.name = config.name
+        self._device: Device | None = None
+        self._session: Session | None = None
+        self._front_end: int | None = None
+        self._incoming: DeviceState | None = None
+        self._lock = trio.Lock()
+        self._there = trio.Event()
+        # Shielded while a device is open: it is closed after its front-end has left.
+        self._keeping = trio.CancelScope()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve front-ends until cancelled, or until an inherited connection ends.
+
+        Raises:
+            BridgeError: the socket or the device could not be opened the first time.
+        """
+        endpoint = open_endpoint(self.config)
+        try:
+            async with trio.open_nursery() as nursery:
+                try:
+                    await nursery.start(self._keep_device)
+                    task_status.started()
+                    while (sock := await endpoint.next()) is not None:
+                        await self._serve_one(sock, await self._available())
+                finally:
+                    # Last, and whoever cancels us: a front-end that leaves stops its device.
+                    self._keeping.cancel()
+        finally:
+            endpoint.close()
+
+    # Opens the device, and again whenever it failed. A front-end whose device is held waits for it.
+    async def _keep_device(self, task_status: trio.TaskStatus[None]) -> None:
+        opened = False
+        told = ""
+        with self._keeping:
+            while True:
+                try:
+                    async with open_device(self.config.backend) as device:
+                        self._keeping.shield = True
+                        await self._take(device)
+                        if not opened:
+                            opened = True
+                            task_status.started()
+                        _log.info("%s: %s is ready", self.name, self.config.backend)
+                        told = ""
+                        await device.failed.wait()
+                        _log.error("%s: the back-end failed: %s", self.name, device.failure)
+                        await self._give_up_device()
+                except (BridgeError, BaseExceptionGroup) as error:
+                    cause = find_bridge_error(error)
+                    if cause is None or not opened:
+                        raise
+                    if str(cause) != told:
+                        told = str(cause)
+                        _log.warning("%s: waiting for the back-end: %s", self.name, cause)
+                finally:
+                    self._keeping.shield = False
+                await trio.sleep(RETRY)
+
+    async def _take(self, device: Device) -> None:
+        async with self._lock:
+            if self._session is not None and self._session.held:
+                await self._session.attach(device)
+            self._device = device
+            self._there.set()
+
+    # With the lock: nobody works on it any more when it is closed.
+    async def _give_up_device(self) -> None:
+        async with self._lock:
+            self._device = self._incoming = None
+            self._there = trio.Event()
+
+    async def _available(self) -> Device:
+        while self._device is None:
+            await self._there.wait()
+        return self._device
+
+    async def _serve_one(self, sock: trio.socket.SocketType, device: Device) -> None:
+        channel = Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end")
+        peer = channel.peer_pid
+        _log.info("%s: front-end connected (pid %d)", self.name, peer)
+        session = Session(
+            self.name, channel, device, HANDLERS, lock=self._lock, incoming=self._incoming
+        )
+        self._session, self._front_end = session, peer
+        left = False
+        try:
+            await session.run()
+            left = True
+        except* BridgeError as group:
+            _log.error(
+                "%s: front-end (pid %d) cut off: %s", self.name, peer, find_bridge_error(group)
+            )
+        except* Exception:
+            # A bug of ours costs this front-end its connection, not the other bridges theirs.
+            _log.exception("%s: internal error, front-end (pid %d) cut off", self.name, peer)
+        finally:
+            self._session, self._front_end = None, None
+            if session.device.state is not State.FAILED:
+                self._incoming = session.incoming
+        if left:
+            _log.info("%s: front-end (pid %d) left", self.name, peer)
+
+    # What an operator asks
+
+    def status(self) -> BridgeStatus:
+        """What is known at this moment, from the device, the front-end and guest memory."""
+        return survey(self.config, self._device, self._session, self._front_end, self._incoming)
+
+    async def suspend(self) -> None:
+        """Freeze the device; its front-end stays connected and its requests wait.
+
+        Raises:
+            BridgeError: it can't; the device goes on as before.
+        """
+        async with self._operation() as device:
+            step(device.state, Verb.SUSPEND)
+            if self._session is None:
+                raise InvalidTransition("no front-end is connected: nothing runs")
+            await self._session.hold()
+        _log.info("%s: suspended", self.name)
+
+    async def resume(self) -> None:
+        """Let the device go on after ``suspend``.
+
+        Raises:
+            BridgeError: it can't; the device stays suspended.
+        """
+        async with self._operation() as device:
+            if device.state is State.RUNNING:
+                return
+            step(device.state, Verb.RESUME)
+            if self._session is None or not self._session.held:
+                raise InvalidTransition(
+                    "the device waits for its front-end, not for an operator",
+                    "start or resume the virtual machine",
+                )
+            await self._session.release()
+        _log.info("%s: resumed", self.name)
+
+    async def reset(self) -> None:
+        """Reset the device: all state is lost; a guest's driver has to set it up again.
+
+        Raises:
+            BridgeError: it could not be reset; it is FAILED.
+        """
+        async with self._operation() as device:
+            if device.state is State.RUNNING:
+                await device.suspend()
+            await device.reset()
+            self._expect(None)
+            if self._session is not None:
+                self._session.forget_vrings()
+        _log.info("%s: reset", self.name)
+
+    async def save(self, sink: OwnedFd, progress: Progress) -> int:
+        """Write the state of the suspended device to ``sink``; returns its bytes.
+
+        Raises:
+            BridgeError: it can't be saved. What was written is no whole stream.
+        """
+        async with self._operation() as device:
+            state = await device.capture()
+            with Sink(sink.dup()) as target:
+                if state.internal_owner is None:
+                    return await save_stream(state, None, target, progress)
+                async with AsyncExitStack() as transfer:
+                    pipe = await transfer.enter_async_context(device.internal_source())
+                    with _Internal(pipe.dup(), transfer) as internal:
+                        return await save_stream(state, internal, target, progress)
+
+    async def load(self, source: OwnedFd, *, dry_run: bool, progress: Progress) -> list[str]:
+        """Take a state over; returns why it does not fit, having done nothing then.
+
+        Raises:
+            BridgeError: it is damaged, or the device runs; nothing was done. Or the device refused
+                its internal state, and is FAILED.
+        """
+        if not dry_run:
+            step(self._open_device().state, Verb.LOAD)
+        state, checked = await check_stream(source.dup(), progress)
+        with checked:
+            async with self._operation() as device:
+                reasons = await self._reasons(device, state)
+                if dry_run or reasons:
+                    return reasons
+                await self._load(device, state, checked, progress)
+        _log.info("%s: loaded a state of %s", self.name, state.producer)
+        return []
+
+    async def _reasons(self, device: Device, state: DeviceState) -> list[str]:
+        config = await _config_to_compare(device, state)
+        reasons = compatibility(
+            state, device.info, device.capabilities, config, device.internal_owner
+        )
+        if self._session is not None:
+            reasons += disagreements(state, device.features, device.vrings)
+        return reasons
+
+    async def _load(
+        self, device: Device, state: DeviceState, checked: CheckedFd, progress: Progress
+    ) -> None:
+        device.load(state)
+        if state.internal_owner is not None:
+            async with device.internal_sink() as pipe:
+                with Sink(pipe.dup()) as sink:
+                    await load_internal(checked, sink, progress)
+        if self._session is None or not self._session.held:
+            self._expect(state)
+
+    def _expect(self, state: DeviceState | None) -> None:
+        self._incoming = state
+        if self._session is not None:
+            self._session.incoming = state
+
+    # The device, for one operation at a time.
+    @asynccontextmanager
+    async def _operation(self) -> AsyncIterator[Device]:
+        async with self._lock:
+            yield self._open_device()
+
+    def _open_device(self) -> Device:
+        if self._device is None:
+            raise InvalidTransition(
+                f"{self.config.backend} is not there at the moment", "the log says what happened"
+            )
+        return self._device
+
+
+# A vhost-user back-end refuses to be read past the end of what it has, and doesn't say where it is.
+async def _config_to_compare(device: Device, state: DeviceState) -> bytes:
+    if device.transport == "vdpa":
+        return await device.full_config()
+    sizes = [len(state.config)] if state.config else []
+    if sizes and state.device_id is not None:
+        sizes += [n for n in config_sizes(state.device_id, state.features) if n < sizes[0]]
+    for size in sizes:
+        with suppress(PeerError, Unsupported):
+            return await device.read_config(0, size)
+    return b""
+
+
+class _Internal(Source):
+    """A back-end's internal state, which counts as whole only when the back-end says so."""
+
+    def __init__(self, fd: OwnedFd, transfer: AsyncExitStack) -> None:
+        super().__init__(fd)
+        self._transfer = transfer
+
+    async def read_chunk(self) -> bytes:
+        """The next piece. At the end the back-end is asked, before anybody believes the stream."""
+        data = await super().read_chunk()
+        if not data:
+            await self._transfer.aclose()
+        return data

@@ -1,0 +1,175 @@
+"""``serve``: the daemon."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vhostbridge.backends.errors import ConfigError
+
+from .common import Options, complete_backend, debug_option
+
+if TYPE_CHECKING:
+    from vhostbridge.bridge.config import DaemonConfig
+
+
+@click.command()
+@click.option("--name", metavar="N", help="What the bridge is called in logs and lists.")
+@click.option(
+    "--listen",
+    metavar="SOCK",
+    type=click.Path(),
+    help="Listen here; the VMM connects. A socket that a dead server left is replaced.",
+)
+@click.option(
+    "--connect",
+    metavar="SOCK",
+    type=click.Path(),
+    help="Connect here; the VMM listens (server=on). Tried until it does.",
+)
+@click.option(
+    "--fd", type=int, metavar="N", help="An inherited UNIX socket, listening or connected."
+)
+@click.option(
+    "--backend",
+    metavar="URI",
+    shell_complete=complete_backend,
+    help="The device: vdpa:NAME, vdpa:/dev/vhost-vdpa-N, vhost-user:SOCK (connect), "
+    "vhost-user-listen:SOCK (the back-end connects) or vhost-user-fd:N (inherited).",
+)
+@click.option(
+    "--socket-mode",
+    metavar="MODE",
+    help="Permissions of the --listen socket, octal; connecting needs write permission.  "
+    "[default: 600]",
+)
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="TOML file with one or many bridges, instead of the options above.",
+)
+@click.option(
+    "--control",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Socket for status, suspend, save and the like.  [default: /run/vhost-bridge/NAME.sock, "
+    "or that of the file's name; users other than root: $XDG_RUNTIME_DIR for /run]",
+)
+@click.option("--no-control", is_flag=True, help="No such socket.")
+@debug_option
+@click.pass_context
+def serve(
+    context: click.Context,
+    name: str | None,
+    listen: str | None,
+    connect: str | None,
+    fd: int | None,
+    backend: str | None,
+    socket_mode: str | None,
+    config_file: Path | None,
+    control: Path | None,
+    no_control: bool,
+) -> None:
+    """Serve devices to VMMs until SIGTERM or SIGINT.
+
+    Each bridge has one front-end socket (exactly one of --listen, --connect and --fd) and one
+    device. It serves one VMM at a time; when a VMM leaves, the device is stopped and reset, and
+    the next one may come. A back-end that goes away is opened again when it is back.
+
+    Root and the daemon's own user can suspend, resume, save and load the devices meanwhile, through
+    the control socket.
+
+    The VMM must share the guest's memory: QEMU with memory-backend-memfd,share=on and
+    cloud-hypervisor with --memory shared=on.
+
+    \b
+    Examples:
+      vhost-bridge serve --name vm1 --listen /run/vm1.sock --backend vdpa:blk0
+      vhost-bridge serve --name vm2 --listen /run/vm2.sock --socket-mode 660 \\
+                         --backend vhost-user:/run/blk.sock
+      vhost-bridge serve --config /etc/vhost-bridge.toml
+
+    \b
+    The same in a file (control = "PATH" or false may stand before):
+      [[bridge]]
+      name = "vm1"
+      listen = "/run/vm1.sock"
+      backend = "vdpa:blk0"
+    \b
+      [[bridge]]
+      name = "vm2"
+      listen = "/run/vm2.sock"
+      socket-mode = "660"
+      backend = "vhost-user:/run/blk.sock"
+    """
+    single = {
+        "--name": name,
+        "--listen": listen,
+        "--connect": connect,
+        "--fd": fd,
+        "--backend": backend,
+        "--socket-mode": socket_mode,
+    }
+    if control is not None and no_control:
+        raise ConfigError("--control and --no-control exclude each other")
+    config = _daemon_config(single, config_file)
+    if control is not None or no_control:
+        config = replace(config, control=control)
+    import logging
+
+    import trio
+
+    from vhostbridge.bridge.daemon import serve as serve_bridges
+
+    debug = context.ensure_object(Options).debug
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    trio.run(serve_bridges, config)
+
+
+def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonConfig:
+    from vhostbridge.bridge.config import (
+        BridgeConfig,
+        DaemonConfig,
+        load_config,
+        parse_mode,
+        usual_control,
+    )
+
+    if config_file is not None:
+        given = [option for option, value in single.items() if value is not None]
+        if given:
+            raise ConfigError(
+                f"--config and {given[0]} exclude each other",
+                "the file says everything of its bridges",
+            )
+        return load_config(config_file)
+    for option in ("--name", "--backend"):
+        if single[option] is None:
+            raise ConfigError(
+                f"serve needs {option}", "or --config with a file that names the bridges"
+            )
+    mode = single["--socket-mode"]
+    if mode is not None and single["--listen"] is None:
+        raise ConfigError("--socket-mode is for a --listen socket")
+    bridge = BridgeConfig(
+        name=single["--name"],
+        backend=single["--backend"],
+        listen=single["--listen"],
+        connect=single["--connect"],
+        fd=single["--fd"],
+        socket_mode=parse_mode(mode or "600"),
+    )
+    return DaemonConfig(bridges=[bridge], control=usual_control(bridge.name))
+
+
+COMMANDS = (serve,)
