@@ -29,8 +29,10 @@ def check_backend(uri: str) -> tuple[str, str]:
     return scheme, rest
 
 
-def open_device(uri: str) -> AbstractAsyncContextManager[Device]:
+def open_device(uri: str, device_id: int | None = None) -> AbstractAsyncContextManager[Device]:
     """Open the device that a back-end URI names, for the length of an ``async with`` block.
+
+    ``device_id`` is what a vhost-user back-end is, where the caller knows it.
 
     Raises:
         ConfigError: the URI is malformed.
@@ -46,7 +48,7 @@ def open_device(uri: str) -> AbstractAsyncContextManager[Device]:
     from .vhostuser import connect
 
     if scheme == "vhost-user":
-        return connect.open_vhost_user(uri, rest)
+        return connect.open_vhost_user(uri, rest, device_id)
     if scheme == "vhost-user-listen":
-        return connect.await_vhost_user(uri, rest)
-    return connect.adopt_vhost_user(uri, int(rest))
+        return connect.await_vhost_user(uri, rest, device_id)
+    return connect.adopt_vhost_user(uri, int(rest), device_id)

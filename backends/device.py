@@ -258,15 +258,19 @@ class Device(ABC):
         Raises:
             InvalidTransition: the device is not SUSPENDED.
         """
+        step(self.state, Verb.SAVE)
+        return self.state_of(await self.full_config())
+
+    def state_of(self, config: bytes) -> DeviceState:
+        """What is known without asking the device."""
         from .state import DeviceState, VringState
 
-        step(self.state, Verb.SAVE)
         return DeviceState(
             transport=self.transport,
             device_id=self.info.device_id,
             features=self.features,
             queue_num=self.info.queue_num,
-            config=await self.full_config(),
+            config=config,
             vrings=tuple(
                 VringState(
                     index=v.index,

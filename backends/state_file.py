@@ -43,6 +43,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[OwnedFd]:
             except OSError as error:
                 raise _refused(path, error) from None
             with file:
+                os.fchmod(file.fileno(), 0o600)  # whatever the umask is
                 with file.dup() as given:
                     yield given
                 try:
@@ -136,9 +137,7 @@ class Spool:
         try:
             if not self._on_disk and self._size + len(data) > _IN_MEMORY:
                 self._move_to_disk()
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self.fd.fileno(), view) :]
+            write_all(self.fd.fileno(), data)
         except OSError as error:
             raise StateError(
                 f"cannot keep a copy of the state in {_SPOOL_FOLDER}: {error.strerror}",
@@ -148,9 +147,17 @@ class Spool:
 
     def _move_to_disk(self) -> None:
         flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
-        file = OwnedFd(os.open(_SPOOL_FOLDER, flags, 0o600))
-        os.lseek(self.fd.fileno(), 0, os.SEEK_SET)
-        while data := os.read(self.fd.fileno(), _BLOCK):
-            os.write(file.fileno(), data)
-        self.fd.close()
-        self.fd, self._on_disk = file, True
+        old, self.fd = self.fd, OwnedFd(os.open(_SPOOL_FOLDER, flags, 0o600))
+        self._on_disk = True
+        with old:
+            os.lseek(old.fileno(), 0, os.SEEK_SET)
+            while data := os.read(old.fileno(), _BLOCK):
+                write_all(self.fd.fileno(), data)
+
+
+def write_all(number: int, data: bytes) -> int:
+    """Write all of ``data`` to a descriptor that may wait; return how much that was."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(number, rest) :]
+    return len(data)

@@ -14,6 +14,7 @@ import socket
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -22,7 +23,7 @@ import trio
 from .errors import StateError
 from .fds import OwnedFd
 from .state import MAX_CHUNK, Chunk, Decoder, DeviceState, Encoder, End, Event, Head
-from .state_file import Spool, atomic_file, sync
+from .state_file import Spool, atomic_file, sync, write_all
 
 __all__ = [
     "CheckedFd",
@@ -121,7 +122,7 @@ class Sink(_Channel):
         """Write what ``make`` returns, which is called in a thread; return how much it was."""
         try:
             if not self.pollable:
-                return await _in_thread(lambda: _write_all(self.fileno(), make()))
+                return await _in_thread(lambda: write_all(self.fileno(), make()))
             data = await _in_thread(make)
             await self._send(memoryview(data))
             return len(data)
@@ -205,13 +206,6 @@ def _require(number: int, event: int) -> None:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
-def _write_all(number: int, data: bytes) -> int:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(number, rest) :]
-    return len(data)
-
-
 async def save_stream(
     state: DeviceState, internal: Source | None, sink: Sink, progress: Progress
 ) -> int:
@@ -230,7 +224,7 @@ async def save_stream(
     written = await sink.write_made(lambda: encoder.begin(state))
     progress(written)
     while internal is not None and (data := await internal.read_chunk()):
-        written += await sink.write_made(lambda data=data: encoder.internal(data))  # type: ignore[misc]
+        written += await sink.write_made(partial(encoder.internal, data))
         progress(written)
     written += await sink.write_made(encoder.end)
     await sink.sync()
@@ -313,16 +307,24 @@ async def load_internal(source_fd: CheckedFd, sink: Sink, progress: Progress) ->
     """
     decoder = Decoder()
     copied = 0
+    with Source(source_fd.dup()) as source:
+        while data := await source.read(MAX_CHUNK):
+            for event in await _decoded(partial(decoder.feed, data)):
+                if isinstance(event, Chunk):
+                    await sink.write(event.data)
+                    copied += len(event.data)
+                    progress(copied)
+                elif isinstance(event, End) and event.digest != source_fd.digest:
+                    raise _changed("another state is in its place")
+        await _decoded(decoder.close)
+
+
+async def _decoded(work: Callable[[], T]) -> T:
     try:
-        with Source(source_fd.dup()) as source:
-            while data := await source.read(MAX_CHUNK):
-                for event in await _some_work(decoder.feed, data):
-                    if isinstance(event, Chunk):
-                        await sink.write(event.data)
-                        copied += len(event.data)
-                        progress(copied)
-                    elif isinstance(event, End) and event.digest != source_fd.digest:
-                        raise StateError("it is another one")
-            decoder.close()
+        return await _in_thread(work)
     except StateError as error:
-        raise error
+        raise _changed(error.message) from None
+
+
+def _changed(how: str) -> StateError:
+    return StateError(f"the device state changed while it was loaded: {how}", "load it again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
@@ -14,6 +15,7 @@ from vhostbridge.backends.errors import (
     BridgeError,
     InvalidTransition,
     PeerError,
+    StateError,
     Unsupported,
     find_bridge_error,
 )
@@ -88,17 +90,18 @@ class Bridge:
         finally:
             endpoint.close()
 
-    # Opens the device, and again whenever it failed. A front-end whose device is held waits for it.
+    # Opens the device, and again whenever it failed; a front-end may wait for it.
     async def _keep_device(self, task_status: trio.TaskStatus[None]) -> None:
         opened = False
         told = ""
         with self._keeping:
             while True:
                 try:
-                    async with open_device(self.config.backend) as device:
+                    async with open_device(self.config.backend, self.config.device_id) as device:
                         self._keeping.shield = True
                         await self._take(device)
                         if not opened:
+                            await self._load_incoming()
                             opened = True
                             task_status.started()
                         _log.info("%s: %s is ready", self.name, self.config.backend)
@@ -117,9 +120,22 @@ class Bridge:
                     self._keeping.shield = False
                 await trio.sleep(RETRY)
 
+    async def _load_incoming(self) -> None:
+        path = self.config.incoming
+        if path is None:
+            return
+        try:
+            source = OwnedFd(os.dup(0) if path == "-" else os.open(path, os.O_RDONLY))
+        except OSError as error:
+            raise StateError(f"cannot read {path}: {error.strerror}") from None
+        with source:
+            reasons = await self.load(source, dry_run=False, progress=lambda count: None)
+        if reasons:
+            raise StateError(f"the state does not fit {self.config.backend}: {'; '.join(reasons)}")
+
     async def _take(self, device: Device) -> None:
         async with self._lock:
-            if self._session is not None and self._session.held:
+            if self._session is not None and self._session.awaiting:
                 await self._session.attach(device)
             self._device = device
             self._there.set()
@@ -156,7 +172,7 @@ class Bridge:
             _log.exception("%s: internal error, front-end (pid %d) cut off", self.name, peer)
         finally:
             self._session, self._front_end = None, None
-            if session.device.state is not State.FAILED:
+            if not session.device.failed.is_set():
                 self._incoming = session.incoming
         if left:
             _log.info("%s: front-end (pid %d) left", self.name, peer)

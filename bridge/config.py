@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vhostbridge.backends import check_backend
 from vhostbridge.backends.errors import ConfigError
+from vhostbridge.backends.virtio import device_id_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 _KEYS = {
@@ -20,12 +21,17 @@ _KEYS = {
     "fd": int,
     "backend": str,
     "socket-mode": str,
+    "type": str,
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BridgeConfig:
     """One bridge: a front-end socket (exactly one of the three) and a back-end URI.
+
+    Attributes:
+        device_id: the virtio device type of a vhost-user back-end, which nothing else tells.
+        incoming: a file with a state to load before the first front-end comes; "-" for stdin.
 
     Raises:
         ConfigError: on construction, when something is missing, too much or malformed.
@@ -37,6 +43,8 @@ class BridgeConfig:
     connect: str | None = None
     fd: int | None = None
     socket_mode: int = 0o600
+    device_id: int | None = None
+    incoming: str | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -49,7 +57,9 @@ class BridgeConfig:
                 f"bridge {self.name} needs exactly one of listen, connect and fd",
                 "listen: the VMM connects to us; connect: the VMM listens (server=on)",
             )
-        check_backend(self.backend)
+        scheme, _ = check_backend(self.backend)
+        if scheme == "vdpa" and self.device_id is not None:
+            raise ConfigError(f"bridge {self.name}: a vDPA device tells its type itself")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +143,7 @@ def _bridge(path: Path, number: int, table: object) -> BridgeConfig:
             connect=table.get("connect"),
             fd=table.get("fd"),
             socket_mode=parse_mode(table.get("socket-mode", "600")),
+            device_id=device_id_of(table["type"]) if "type" in table else None,
         )
     except ConfigError as error:
         raise ConfigError(f"{where}: {error.message}", error.hint) from None

@@ -18,7 +18,7 @@ _HINT = (
 )
 
 
-def check_features(state: DeviceState, features: int) -> None:
+def compare_features(state: DeviceState, features: int) -> None:
     """Compare the features that the front-end acknowledged with those of the state.
 
     Raises:

@@ -31,21 +31,23 @@ from vhostbridge.backends.vhostuser.messages import (
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
 from vhostbridge.backends.virtio import TransportFeature
 
-from .incoming import arriving, check_features
+from .incoming import arriving, compare_features
 from .memory import MemoryTable
+from .offer import check_features
+from .quiet import message_comes_first
+from .recovery import last_state
 from .vring import FrontendVring
 
 if TYPE_CHECKING:
     from vhostbridge.backends.state import DeviceState
 
-# How long a front-end must be silent before an incomplete set-up is taken as complete, in
-# seconds. Front-ends send a set-up in one go, microseconds apart.
-QUIET = 0.02
-
-
 # How long the device may take to stop when its front-end has gone, in seconds. VDUSE gives its
 # processes 30.
 LEAVE = 35.0
+
+# How long a front-end's message may wait for a device that went away to be there again, in
+# seconds. QEMU stands still meanwhile.
+PATIENCE = 5.0
 
 Handler = Callable[["Session", Message], Awaitable[Payload | None]]
 
@@ -87,8 +89,9 @@ class Session:
         self._handlers = handlers
         self._config_changed = trio.Event()
         self._replaced = trio.Event()
-        # Where the operator stopped the device: enough for one that has no state of its own.
+        # Where the device stopped: enough for another one, if it has no state of its own.
         self._kept: DeviceState | None = None
+        self._lost: Device | None = None
 
     @property
     def packed(self) -> bool:
@@ -129,33 +132,72 @@ class Session:
     def _listen_to_device(self) -> None:
         self.device.on_config_change = lambda: self._config_changed.set()
 
-    # Why the device is lost. While the operator holds it, it may be replaced.
+    # Why the device is lost for good.
     async def _until_lost(self) -> str:
         while True:
             device = self.device
             await device.failed.wait()
-            if not self.held:
+            if self.awaiting:
+                await self._replaced.wait()
+            elif self.device is device:
                 return device.failure
-            await self._replaced.wait()
+
+    @property
+    def awaiting(self) -> bool:
+        """Whether the device is gone and another one, from where it was, would do."""
+        if not self.device.failed.is_set():
+            return False
+        if self._lost is not self.device:
+            self._lost = self.device
+            if not self.held:
+                self._kept = self._last_state()
+        return self.held or self._kept is not None
+
+    # A vring that was to start may have run already, from where the front-end said.
+    def _last_state(self) -> DeviceState | None:
+        started = [v for v in self.vrings.values() if v.ready and v.index in self.device.vrings]
+        for vring in started:
+            vring.running, vring.base = True, None
+        return last_state(self.device, [v.index for v in started], self.memory.regions)
 
     async def _serve_messages(self) -> None:
         while True:
             if self._out_of_step and not await self._message_comes_first():
                 async with self.lock:
-                    await self.apply()
+                    await self._recovering(self.apply)
                 continue
             message = await self._channel.receive()
             if message is None:
                 return
             try:
-                await self.lock.acquire()
-            except BaseException:
-                message.close()
-                raise
-            try:
-                await self._handle(message)
+                await self._serve(message)
             finally:
-                self.lock.release()
+                message.close()
+
+    async def _serve(self, message: Message) -> None:
+        done = False
+
+        async def handle() -> None:
+            nonlocal done
+            await self._handle(message)
+            done = True
+
+        while not done:
+            if self.awaiting:
+                with trio.move_on_after(PATIENCE):
+                    await self._replaced.wait()
+                if self.awaiting:
+                    raise TransportLost(f"the device failed: {self.device.failure}")
+            async with self.lock:
+                await self._recovering(handle)
+
+    # What fails because the device went away is done again when there is another one.
+    async def _recovering(self, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except BridgeError:
+            if not self.awaiting:
+                raise
 
     async def _handle(self, message: Message) -> None:
         try:
@@ -168,12 +210,10 @@ class Session:
             reply = await handler(self, message)
         except BridgeError as error:
             refusal = self._refusal(message)
-            if refusal is None or self.device.state is State.FAILED:
+            if refusal is None or self.device.failed.is_set():
                 raise
             self.log.warning("%s: refused %s: %s", self.name, message.name, error)
             reply = refusal
-        finally:
-            message.close()
         if reply is None and self._wants_ack(message):
             reply = U64(0)
         if reply is not None:
@@ -228,33 +268,20 @@ class Session:
 
     @property
     def _out_of_step(self) -> bool:
-        if self.held:
+        if self.held or self.device.failed.is_set():
             return False
         vrings = self.vrings.values()
         if any(v.running for v in vrings) and self.device.state is State.SUSPENDED:
             return True
         return self._may_start and any(v.ready and not v.running for v in vrings)
 
+    # QEMU acks STATUS for every device, but says DRIVER_OK for block and net only. So silence
+    # starts the device there too; a kick does not, because DRIVER_OK may be about to come.
     async def _message_comes_first(self) -> bool:
-        # QEMU acks STATUS for every device, but says DRIVER_OK for block and net only. So silence
-        # starts the device there too; a kick doesn't, because DRIVER_OK may be about to come.
         waiting = [v for v in self.vrings.values() if v.ready and not v.running]
         says_status = ProtocolFeature.STATUS in self.protocol
-        fds = [v.kick for v in waiting if v.kick and not says_status]
-        first = False
-        with trio.move_on_after(QUIET):
-            async with trio.open_nursery() as nursery:
-
-                async def wait(fd: int, is_message: bool) -> None:
-                    nonlocal first
-                    await trio.lowlevel.wait_readable(fd)
-                    first = is_message
-                    nursery.cancel_scope.cancel()
-
-                nursery.start_soon(wait, self._channel.fileno(), True)
-                for number in {fd.fileno() for fd in fds}:
-                    nursery.start_soon(wait, number, False)
-        return first
+        kicks = [v.kick.fileno() for v in waiting if v.kick and not says_status]
+        return await message_comes_first(self._channel.fileno(), kicks)
 
     async def apply(self) -> None:
         """Make the device run what the front-end has set up, unless the operator holds it.
@@ -271,7 +298,7 @@ class Session:
             return
         features = self.features & ~TransportFeature.PROTOCOL_FEATURES.mask
         if self.incoming is not None:
-            check_features(self.incoming, features)
+            compare_features(self.incoming, features)
         setups = [self._setup(v) for v in vrings]
         await self.device.run(features, setups)
         self.incoming = None
@@ -314,21 +341,23 @@ class Session:
             raise
 
     async def attach(self, device: Device) -> None:
-        """Go over to ``device``, which takes the place of one that failed while it was held.
+        """Go over to ``device``, which takes the place of one that failed (``awaiting``).
 
-        It is SUSPENDED where the other one was if that had no state but its vrings; else RESET, to
-        be loaded before ``release``.
+        It goes on where the other one was, unless the operator holds it. One that has state of its
+        own is RESET, to be loaded before ``release``.
 
         Raises:
-            BridgeError: it does not take the guest's memory.
+            BridgeError: it does not take the guest's memory, or the features in use.
         """
+        check_features(device.info, self.features)
         await device.set_memory(self.memory.regions)
-        if self._kept is not None and self._kept.internal_owner is None:
+        if self._kept is not None and self._kept.internal_owner is None and self._kept.vrings:
             device.load(self._kept)
         self.device = device
         self._listen_to_device()
         self._replaced.set()
         self._replaced = trio.Event()
+        await self._recovering(self.apply)
 
     def forget_vrings(self) -> None:
         """After a reset: vrings have no positions and don't run; their calls stay."""

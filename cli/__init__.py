@@ -13,7 +13,7 @@ import click
 from vhostbridge import __version__
 from vhostbridge.backends.errors import BridgeError, ConfigError, TransportLost, find_bridge_error
 
-from . import control, serve, show, state
+from . import conform, control, serve, show, state
 from .common import (
     INTERRUPTED,
     LOST,
@@ -85,8 +85,9 @@ def completion(shell: str) -> None:
     click.echo(script(shell, cli), nl=False)
 
 
-for command in (*serve.COMMANDS, *show.COMMANDS, *control.COMMANDS, *state.COMMANDS):
-    cli.add_command(command)
+for group in (serve, show, control, state, conform):
+    for command in group.COMMANDS:
+        cli.add_command(command)
 
 
 def _exit_code(error: BridgeError) -> int:

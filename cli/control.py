@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vhostbridge.backends.errors import ConfigError, TargetError
+from vhostbridge.backends.errors import BridgeError, ConfigError, TargetError
 
 from .common import (
     REFUSED,
@@ -29,6 +29,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from vhostbridge.backends.fds import OwnedFd
+    from vhostbridge.bridge.status import BridgeStatus
 
 
 def _name_argument(function: F) -> F:
@@ -68,15 +69,25 @@ def status(name: str | None, control: Path | None, as_json: bool) -> None:
     from vhostbridge.bridge.control_client import daemon_of, every_daemon
     from vhostbridge.bridge.status_text import status_report, status_text
 
+    found: list[BridgeStatus] = []
+    problems: list[BridgeError] = []
     if name is not None:
         with daemon_of(name, control) as daemon:
             found = daemon.status(name)
     else:
-        found = [one for daemon in every_daemon(control) for one in daemon.status()]
+        for daemon in every_daemon(control):
+            try:
+                found += daemon.status()
+            except BridgeError as error:  # the others have something to say
+                problems.append(error)
     if as_json:
         print_json({"bridges": [status_report(one) for one in found]})
     else:
         print_lines(status_text(found))
+    for problem in problems:
+        complain(problem.message, problem.hint)
+    if problems:
+        sys.exit(REFUSED)
 
 
 @click.command()

@@ -42,6 +42,20 @@ if TYPE_CHECKING:
     "vhost-user-listen:SOCK (the back-end connects) or vhost-user-fd:N (inherited).",
 )
 @click.option(
+    "--type",
+    "device_type",
+    metavar="TYPE",
+    help="What a vhost-user back-end is (net, block, fs, ...): nothing else tells. States that are "
+    "saved and loaded are checked by it.",
+)
+@click.option(
+    "--incoming",
+    metavar="FILE",
+    type=click.Path(allow_dash=True),
+    help="Load this state first (- for standard input): the front-end that comes finds the device "
+    "as it was saved.",
+)
+@click.option(
     "--socket-mode",
     metavar="MODE",
     help="Permissions of the --listen socket, octal; connecting needs write permission.  "
@@ -71,6 +85,8 @@ def serve(
     connect: str | None,
     fd: int | None,
     backend: str | None,
+    device_type: str | None,
+    incoming: str | None,
     socket_mode: str | None,
     config_file: Path | None,
     control: Path | None,
@@ -93,6 +109,8 @@ def serve(
       vhost-bridge serve --name vm1 --listen /run/vm1.sock --backend vdpa:blk0
       vhost-bridge serve --name vm2 --listen /run/vm2.sock --socket-mode 660 \\
                          --backend vhost-user:/run/blk.sock
+      vhost-bridge serve --name vm1 --listen /run/vm1.sock --backend vdpa:blk1 \\
+                         --incoming vm1.state
       vhost-bridge serve --config /etc/vhost-bridge.toml
 
     \b
@@ -114,10 +132,14 @@ def serve(
         "--connect": connect,
         "--fd": fd,
         "--backend": backend,
+        "--type": device_type,
+        "--incoming": incoming,
         "--socket-mode": socket_mode,
     }
     if control is not None and no_control:
-        raise ConfigError("--control and --no-control exclude each other")
+        raise ConfigError(
+            "--control and --no-control exclude each other", "without both the usual one is made"
+        )
     config = _daemon_config(single, config_file)
     if control is not None or no_control:
         config = replace(config, control=control)
@@ -137,6 +159,7 @@ def serve(
 
 
 def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonConfig:
+    from vhostbridge.backends.virtio import device_id_of
     from vhostbridge.bridge.config import (
         BridgeConfig,
         DaemonConfig,
@@ -168,6 +191,8 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
         connect=single["--connect"],
         fd=single["--fd"],
         socket_mode=parse_mode(mode or "600"),
+        device_id=device_id_of(single["--type"]) if single["--type"] else None,
+        incoming=single["--incoming"],
     )
     return DaemonConfig(bridges=[bridge], control=usual_control(bridge.name))
 

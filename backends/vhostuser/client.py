@@ -14,8 +14,17 @@ from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
 from vhostbridge.backends.fds import OwnedFd
 
 from .channel import Channel
-from .codec import Message
-from .messages import U64, BackendRequest, Empty, Payload, ProtocolFeature, Request
+from .codec import Message, encode_request
+from .messages import (
+    U64,
+    BackendRequest,
+    Empty,
+    Payload,
+    ProtocolFeature,
+    Request,
+    VringFd,
+    VringState,
+)
 from .specs import BACKEND_SPECS, FRONTEND_SPECS
 
 
@@ -32,6 +41,11 @@ class _Pending:
         self.abandoned = True
         if self.reply is not None:
             self.reply.close()
+
+
+# How many messages that change nothing go before one that stops a vring. A message takes a back-end
+# microseconds, as our system call does.
+BUSY = 64
 
 
 class Client:
@@ -76,13 +90,7 @@ class Client:
             return Empty()
         message.close()
         if FRONTEND_SPECS[request].reply is None:
-            assert isinstance(message.payload, U64)
-            if message.payload.value:
-                raise PeerError(
-                    f"back-end {self.target} refused {request.name} "
-                    f"(answer {message.payload.value})",
-                    "its own log says why",
-                )
+            self._check(request, message)
         return message.payload
 
     async def exchange(
@@ -94,6 +102,46 @@ class Client:
         taken = list(message.fds)
         message.fds.clear()
         return message.payload, taken
+
+    async def stop_vring(self, index: int, enabled: bool, call: OwnedFd) -> VringState:
+        """GET_VRING_BASE, and SET_VRING_CALL right behind it: where the vring stopped.
+
+        libvhost-user (up to QEMU 11 at least) answers before the requests are complete, forgets
+        the call eventfd with the answer, and breaks when a completion finds none. So the new one
+        must be there before the back-end looks at completions again: both messages stand in the
+        socket while it is busy with messages that change nothing.
+
+        Raises:
+            PeerError: the back-end answered for another vring, or otherwise broke the protocol.
+            TransportLost: the back-end went away; whether it stopped is unknown.
+        """
+        acknowledged = ProtocolFeature.REPLY_ACK in self.protocol
+        busy = encode_request(Request.SET_VRING_ENABLE, VringState(index, int(enabled)))
+        stop = encode_request(Request.GET_VRING_BASE, VringState(index, 0))
+        last = encode_request(Request.SET_VRING_CALL, VringFd(index, True), need_reply=acknowledged)
+        base = _Pending(Request.GET_VRING_BASE)
+        ack = _Pending(Request.SET_VRING_CALL)
+        pending = [base, ack] if acknowledged else [base]
+        async with self._order:
+            if self._lost is not None:
+                raise self._lost
+            self._pending += pending
+            try:
+                await self._channel.send_run(busy * BUSY + stop, last, [call])
+            except BaseException:
+                for one in pending:
+                    self._pending.remove(one)
+                raise
+        reply = await self._reply_to(base)
+        if acknowledged:
+            self._check(ack.request, await self._reply_to(ack))
+        assert isinstance(reply.payload, VringState)
+        if reply.payload.index != index:
+            raise PeerError(
+                f"back-end {self.target} answered for vring {reply.payload.index}, "
+                f"{index} was asked"
+            )
+        return reply.payload
 
     async def _exchange(
         self, request: Request, payload: Payload | None, fds: Sequence[OwnedFd]
@@ -116,6 +164,9 @@ class Client:
                 raise
         if not native and not acknowledged:
             return None
+        return await self._reply_to(pending)
+
+    async def _reply_to(self, pending: _Pending) -> Message:
         try:
             await pending.done.wait()
         except BaseException:
@@ -123,7 +174,17 @@ class Client:
             raise
         if pending.error is not None:
             raise pending.error
+        assert pending.reply is not None
         return pending.reply
+
+    def _check(self, request: Request, reply: Message) -> None:
+        reply.close()
+        assert isinstance(reply.payload, U64)
+        if reply.payload.value:
+            raise PeerError(
+                f"back-end {self.target} refused {request.name} (answer {reply.payload.value})",
+                "its own log says why",
+            )
 
     async def serve(self) -> BridgeError:
         """Read until the connection ends; returns the reason, which pending requests get too."""

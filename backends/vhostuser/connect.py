@@ -36,19 +36,23 @@ VRING_LIMIT = 256
 
 
 @asynccontextmanager
-async def open_vhost_user(target: str, path: str) -> AsyncIterator[VhostUserDevice]:
+async def open_vhost_user(
+    target: str, path: str, device_id: int | None = None
+) -> AsyncIterator[VhostUserDevice]:
     """Connect to the back-end that listens on ``path`` for the block's length.
 
     Raises:
         TargetError: nobody listens there.
         PeerError: what listens there does not speak vhost-user as a back-end.
     """
-    async with _client(await connect(path), target) as device:
+    async with _client(await connect(path), target, device_id) as device:
         yield device
 
 
 @asynccontextmanager
-async def await_vhost_user(target: str, path: str) -> AsyncIterator[VhostUserDevice]:
+async def await_vhost_user(
+    target: str, path: str, device_id: int | None = None
+) -> AsyncIterator[VhostUserDevice]:
     """Listen on ``path`` and wait for a back-end that connects (OVS and DPDK in client mode).
 
     Raises:
@@ -59,23 +63,27 @@ async def await_vhost_user(target: str, path: str) -> AsyncIterator[VhostUserDev
         sock, _ = await listener.accept()
     finally:
         unlisten(listener, path)
-    async with _client(sock, target) as device:
+    async with _client(sock, target, device_id) as device:
         yield device
 
 
 @asynccontextmanager
-async def adopt_vhost_user(target: str, fd: int) -> AsyncIterator[VhostUserDevice]:
+async def adopt_vhost_user(
+    target: str, fd: int, device_id: int | None = None
+) -> AsyncIterator[VhostUserDevice]:
     """Like ``open_vhost_user``, on a connected socket that this process inherited.
 
     Raises:
         TargetError: ``fd`` is no connected UNIX stream socket.
     """
-    async with _client(adopt(fd), target) as device:
+    async with _client(adopt(fd), target, device_id) as device:
         yield device
 
 
 @asynccontextmanager
-async def _client(sock: trio.socket.SocketType, target: str) -> AsyncIterator[VhostUserDevice]:
+async def _client(
+    sock: trio.socket.SocketType, target: str, device_id: int | None
+) -> AsyncIterator[VhostUserDevice]:
     client = Client(sock, target)
     device: VhostUserDevice | None = None
     lost: BridgeError | None = None
@@ -93,7 +101,7 @@ async def _client(sock: trio.socket.SocketType, target: str) -> AsyncIterator[Vh
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve)
             try:
-                device = await _handshake(client, target)
+                device = await _handshake(client, target, device_id)
                 if lost is not None:
                     raise lost
                 nursery.start_soon(client.serve_reverse)
@@ -104,11 +112,11 @@ async def _client(sock: trio.socket.SocketType, target: str) -> AsyncIterator[Vh
     finally:
         client.close()
         if device is not None:
-            device.state = State.CLOSED
+            device.close()
 
 
 # QEMU's order of a connection.
-async def _handshake(client: Client, target: str) -> VhostUserDevice:
+async def _handshake(client: Client, target: str, device_id: int | None) -> VhostUserDevice:
     features = await _u64(client, Request.GET_FEATURES)
     offered = ProtocolFeature(0)
     if features & TransportFeature.PROTOCOL_FEATURES.mask:
@@ -126,7 +134,7 @@ async def _handshake(client: Client, target: str) -> VhostUserDevice:
     await client.request(Request.SET_OWNER)
     info = DeviceInfo(
         target=target,
-        device_id=None,
+        device_id=device_id,
         features=features & ~VHOST_ONLY_FEATURES,
         vring_limit=VRING_LIMIT,
         queue_num=queues,

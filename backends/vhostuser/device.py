@@ -14,7 +14,7 @@ import trio
 
 from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup, whole
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost, Unsupported
-from vhostbridge.backends.fds import OwnedFd, signal_eventfds
+from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
 from vhostbridge.backends.lifecycle import Capabilities, State, Status, Verb, step
 from vhostbridge.backends.ring_memory import used_index
 from vhostbridge.backends.virtio import TransportFeature
@@ -41,6 +41,8 @@ UNKNOWN_OWNER = "an unknown back-end"
 
 # How long requests may still take once their back-end was told to stop, in seconds.
 DRAIN_SECONDS = 5.0
+# They are asked this often whether they are still there meanwhile, in seconds.
+PROBE = 0.1
 
 
 class VhostUserDevice(Device):
@@ -68,6 +70,8 @@ class VhostUserDevice(Device):
         # Where vrings stopped; each with its base.
         self._stopped: dict[int, VringSetup] = {}
         self._config_changed = False
+        # The call eventfd of vrings that are stopping: nobody listens.
+        self._deaf = new_eventfd()
         # How many bytes of configuration space are known to be there.
         self._config_read = 0
         self.capabilities = capabilities
@@ -293,29 +297,33 @@ class VhostUserDevice(Device):
         vring = self._rings.get(index)
         if vring is None:
             return
-        reply = await self._client.request(Request.GET_VRING_BASE, VringState(index, 0))
-        assert isinstance(reply, VringState)
-        if reply.index != index:
-            self.fail(f"the back-end answered for vring {reply.index}, {index} was asked")
-            raise PeerError(f"back-end {self.info.target}: {self.failure}")
+        try:
+            stopped = await self._client.stop_vring(index, vring.enabled, self._deaf)
+        except PeerError as error:
+            self.fail(str(error))
+            raise
         del self._rings[index]
-        self._stopped[index] = replace(vring, base=reply.num)
+        self._stopped[index] = replace(vring, base=stopped.num)
         if not self.features & TransportFeature.RING_PACKED.mask:
-            await self._drain(vring, reply.num)
+            await self._drain(vring, stopped.num)
 
     # The back-end has to complete a ring's requests before it answers GET_VRING_BASE, but
     # qemu-storage-daemon (10.0) answers first: it writes to guest memory for as long as they take.
     async def _drain(self, vring: VringSetup, base: int) -> None:
-        try:
-            with trio.fail_after(DRAIN_SECONDS):
-                # Memory has no event to wait for.
+        deadline = trio.current_time() + DRAIN_SECONDS
+        used = used_index(self._regions.values(), vring)
+        while used != base:
+            if trio.current_time() > deadline:
+                raise Unsupported(
+                    f"{self.info.target} can't be stopped: vring {vring.index} has "
+                    f"{(base - used) & 0xFFFF} requests that did not finish in {DRAIN_SECONDS:g} s"
+                )
+            # A back-end that broke hangs up at the next message.
+            with trio.move_on_after(PROBE):
                 while (used := used_index(self._regions.values(), vring)) != base:  # noqa: ASYNC110
-                    await trio.sleep(0.0005)
-        except trio.TooSlowError:
-            raise Unsupported(
-                f"{self.info.target} can't be stopped: vring {vring.index} has "
-                f"{(base - used) & 0xFFFF} requests that did not finish in {DRAIN_SECONDS:g} s"
-            ) from None
+                    await trio.sleep(0.0002)
+            if used != base:
+                await self._client.request(Request.GET_FEATURES)
 
     @whole
     async def suspend(self) -> None:
@@ -405,8 +413,13 @@ class VhostUserDevice(Device):
             await signal_eventfds(vring.kick)
 
     async def aclose(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release everything at once; nothing is asked of the back-end."""
         self.state = State.CLOSED
         self._client.close()
+        self._deaf.close()
 
 
 def _wire_region(region: MemoryRegion) -> Region:

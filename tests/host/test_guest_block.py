@@ -143,3 +143,21 @@ def test_qemu_that_listens(disk: StorageDaemon, tmp_path: Path) -> None:
             with Guest(vhost_user_blk(path, server=True)) as guest:
                 assert guest.read_write(4, 0) == digest_of(disk.image, 4, 0)
             bridge.wait_for_departures(round_)
+
+
+def test_back_end_that_dies_idle_is_replaced_under_the_guest(
+    disk: StorageDaemon, tmp_path: Path
+) -> None:
+    """The guest's driver sees nothing of it; its data is there and its disk goes on."""
+    with (
+        Bridge(f"vhost-user:{disk.socket}", listen=tmp_path / "vm.sock") as bridge,
+        Guest(vhost_user_blk(bridge.listen)) as guest,
+    ):
+        before = guest.read_write(4, 0)
+        disk.kill()
+        bridge.wait_for_output("waiting for the back-end: ")
+        log = len(bridge.output)
+        with StorageDaemon(disk.image, disk.socket, queues=4):
+            bridge.wait_for_output("running vrings", start=log)
+            assert guest.run("dd if=/dev/vda bs=1M count=4 2>/dev/null | sha256sum | cut -c1-64") == before
+            assert guest.read_write(4, 4) == digest_of(disk.image, 4, 4)

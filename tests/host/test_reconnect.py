@@ -90,19 +90,19 @@ def test_back_end_that_dies_idle_is_used_again_when_it_is_back(
         assert blkio.run(bridge.listen, "verify", **options)["verified"] == 1024
 
 
-def test_back_end_that_dies_under_io_costs_the_connection_and_no_data(
+def test_back_end_that_dies_under_io_costs_no_data(
     disk: StorageDaemon, bridge: Bridge, tmp_path: Path
 ) -> None:
+    """Only the back-end knew which requests it had begun: the front-end has to come again."""
     options: dict[str, object] = {"size": 4 << 20, "seed": 4, "state": tmp_path / "state"}
     blkio.run(bridge.listen, "fill", **options)
     with blkio.start(bridge.listen, "write-read", depth=8, seconds=60, **options) as client:
         client.wait_for_output(blkio.RUNNING)
         disk.kill()
-        bridge.wait_for_output("cut off: ")
+        bridge.wait_for_output("the back-end failed: ")
         client.kill()
     with StorageDaemon(disk.image, disk.socket, queues=4):
         blkio.run(bridge.listen, "verify", **options)
-    assert "Traceback" not in bridge.output
 
 
 def test_second_front_end_waits_for_the_first(bridge: Bridge) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+from vhostbridge.bridge.control_client import ControlClient
+from vhostbridge.bridge.status import BridgeStatus
 
 from .process import Process
 
@@ -21,6 +27,7 @@ class Bridge(Process):
     """A running bridge; on entry it is waited for, on exit it is stopped and its log looked at.
 
     `arguments` are those of `serve`. Exactly one of `listen`, `connect` and `fd` goes in too.
+    Its control socket is at `control`, or in a folder of its own: the usual one is shared by tests.
     """
 
     def __init__(
@@ -31,9 +38,13 @@ class Bridge(Process):
         listen: Path | None = None,
         connect: Path | None = None,
         fd: int | None = None,
+        control: Path | None = None,
         arguments: Sequence[str | Path] = (),
     ) -> None:
-        argv: list[str | Path] = [COMMAND, "serve", *arguments]
+        self._folder = Path(tempfile.mkdtemp(prefix="vb-"))
+        #: Its control socket.
+        self.control = control or self._folder / "control"
+        argv: list[str | Path] = [COMMAND, "serve", "--control", self.control, *arguments]
         if backend:
             argv += ["--name", name, "--backend", backend]
         for option, value in (("--listen", listen), ("--connect", connect), ("--fd", fd)):
@@ -45,6 +56,7 @@ class Bridge(Process):
             pass_fds=[] if fd is None else [fd],
             env=ENVIRONMENT,
         )
+        self.bridge_name = name
         self._listen = listen
 
     def __enter__(self) -> Self:
@@ -66,6 +78,34 @@ class Bridge(Process):
                 self.stop()
         finally:
             super().__exit__(kind, error, trace)
+            shutil.rmtree(self._folder)
+
+    def operate(self, method: str) -> str:
+        """Ask for Suspend, Resume or Reset as the command line does; the state afterwards.
+
+        Raises:
+            BridgeError: it was refused.
+        """
+        with ControlClient(self.control) as client:
+            return client.operate(method, self.bridge_name)
+
+    def status(self) -> BridgeStatus:
+        """What it says of itself."""
+        with ControlClient(self.control) as client:
+            return client.status(self.bridge_name)[0]
+
+    def command(
+        self, verb: str, *arguments: str | Path, check: bool = True, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `vhost-bridge VERB NAME ...` on it, with its output as text."""
+        return subprocess.run(
+            [COMMAND, verb, "--control", self.control, self.bridge_name, *map(str, arguments)],
+            check=check,
+            text=True,
+            capture_output=True,
+            timeout=120,
+            **options,
+        )
 
     @property
     def listen(self) -> Path:

@@ -172,7 +172,8 @@ class FrontEnd:
     async def set_up(self, features: int = FEATURES, protocol: ProtocolFeature = OFFER) -> None:
         """Negotiate and share memory; nothing runs."""
         await self.negotiate(features, protocol)
-        await self.send(Request.SET_MEM_TABLE, TABLE, self.memfd())
+        self.memory = self.memfd()
+        await self.send(Request.SET_MEM_TABLE, TABLE, self.memory)
 
     async def start(self, *indices: int, protocol: ProtocolFeature = OFFER & ~PF.STATUS) -> None:
         """Everything up to running vrings, without STATUS; the device's calls are forgotten."""

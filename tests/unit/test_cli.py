@@ -66,6 +66,7 @@ def run(
         (["serve", "--name", "a"], "serve needs --backend", "or --config"),
         (["serve", "--name", "a", "--backend", "tcp:1"], "bridge a needs exactly one of", "listen"),
         (["serve", "--config", "x", "--fd", "3"], "--config and --fd exclude each other", ""),
+        (["serve", "--control", "x", "--no-control"], "--control and --no-control exclude", ""),
         (["inspect", "vdpa:x", "--type", "net"], "--type is for vhost-user sockets", "itself"),
         (["inspect", "a", "--type", "blokc"], "no virtio device type is called", "mean block?"),
         (["inspect", "vhost-user-fd:3"], "vhost-user-fd: can't be inspected", "listens on"),
@@ -300,6 +301,8 @@ def test_manual_page_has_every_command_and_option(man: ModuleType) -> None:
                 assert f"\\fB{man.escape(option)}\\fR" in section, (name, option)
     for number in range(4):
         assert f"\n.B {number}\n" in page
+    for name in ("show", "diff", "verify"):
+        assert f".SS state {name}\n.B vhost\\-bridge\n.B state {name}\n" in page
 
 
 def test_manual_page_makes_text_safe_for_roff(man: ModuleType) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import replace
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.unit.fakes import FakeDevice, signals, u64
-from tests.unit.frontend import DEVICE_GETS, OFFER, PF, FrontEnd, connected, names
-from vhostbridge.backends.errors import InvalidTransition, Unsupported
+from tests.unit.fakes import RING_PACKED, FakeDevice, device_info, signals, u64
+from tests.unit.frontend import DEVICE_GETS, FEATURES, OFFER, PF, FrontEnd, connected, names
+from vhostbridge.backends.errors import BridgeError, InvalidTransition, Unsupported
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state import DeviceState
 from vhostbridge.backends.vhostuser.messages import Request as R
@@ -25,6 +26,13 @@ async def saved(*bases: int) -> DeviceState:
         vm.device.bases.update(enumerate(bases))
         await vm.device.suspend()
         return await vm.device.capture()
+
+
+def publish(vm: FrontEnd, index: int, *, available: int, used: int) -> None:
+    """Write both indices of a vring into guest memory."""
+    at = 0x10000 * (index + 1)
+    os.pwrite(vm.memory.fileno(), struct.pack("<H", available), at + 0x1000 + 2)
+    os.pwrite(vm.memory.fileno(), struct.pack("<H", used), at + 0x2000 + 2)
 
 
 async def test_a_held_device_is_not_started_by_messages(autojump_clock: MockClock) -> None:
@@ -141,11 +149,75 @@ async def test_the_replacement_of_a_stateful_device_has_to_be_loaded(
         assert second.bases == {0: 7}
 
 
-async def test_a_failure_while_not_held_ends_the_session(autojump_clock: MockClock) -> None:
+async def test_a_device_that_fails_while_it_runs_is_replaced_where_memory_says(
+    autojump_clock: MockClock,
+) -> None:
+    async with connected() as vm:
+        await vm.start(0, 1)
+        vm.device.bases.update({0: 9, 1: 9})
+        publish(vm, 0, available=5, used=5)
+        publish(vm, 1, available=6, used=6)
+        vm.device.fail("its process died")
+        await trio.sleep(3)
+        assert vm.session.awaiting
+        second = vm.device = FakeDevice()
+        await vm.session.attach(second)
+        assert second.state is State.RUNNING
+        assert second.bases == {0: 5, 1: 6}
+        assert signals(vm.kicks[0]) >= 1
+
+
+async def test_a_device_that_fails_with_requests_in_flight_is_lost(
+    autojump_clock: MockClock,
+) -> None:
     async with connected() as vm:
         await vm.start(0)
-        await vm.session.hold()
-        await vm.session.release()
+        publish(vm, 0, available=5, used=4)
+        vm.device.fail("its process died")
+        assert "its process died" in str(await vm.lost())
+
+
+async def test_a_message_waits_for_the_replacement(autojump_clock: MockClock) -> None:
+    async with connected() as vm:
+        await vm.start(0)
+        vm.device.fail("its process died")
+        async with trio.open_nursery() as nursery:
+
+            async def replace_it() -> None:
+                await trio.sleep(4)
+                vm.device = FakeDevice()
+                await vm.session.attach(vm.device)
+
+            nursery.start_soon(replace_it)
+            assert await vm.base(0) == 0
+        assert vm.device.state is State.SUSPENDED
+
+
+async def test_a_message_does_not_wait_for_ever(autojump_clock: MockClock) -> None:
+    async with connected() as vm:
+        await vm.start(0)
+        vm.device.fail("its process died")
+        await vm.send(R.GET_FEATURES)
+        with trio.fail_after(10):
+            await vm.ended.wait()
+        assert "its process died" in str(vm.outcome)
+
+
+async def test_a_replacement_that_lacks_a_feature_is_not_taken(autojump_clock: MockClock) -> None:
+    async with connected() as vm:
+        await vm.start(0)
+        vm.device.fail("its process died")
+        with pytest.raises(BridgeError, match="was not offering"):
+            await vm.session.attach(FakeDevice(device_info(features=1 << 32)))
+        assert vm.session.awaiting
+
+
+async def test_a_packed_ring_of_a_device_that_fails_is_lost(autojump_clock: MockClock) -> None:
+    async with connected() as vm:
+        await vm.set_up(features=FEATURES | RING_PACKED, protocol=OFFER & ~PF.STATUS)
+        await vm.set_ring(0, base=0x80008000)
+        await vm.enable(0)
+        await vm.settle()
         vm.device.fail("its process died")
         assert "its process died" in str(await vm.lost())
 

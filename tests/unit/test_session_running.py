@@ -210,8 +210,14 @@ async def test_a_reverse_channel_that_closed_costs_nothing(autojump_clock: MockC
 # Devices that fail
 
 
+class Stateful(FakeDevice):
+    """Nothing but itself knows where it was."""
+
+    internal_owner = "virtiofsd"
+
+
 async def test_a_device_that_fails_ends_the_session(autojump_clock: MockClock) -> None:
-    async with connected() as vm:
+    async with connected(Stateful()) as vm:
         await vm.start(0)
         vm.device.fail("its process died")
         vm.device.fail("its process died")
@@ -222,7 +228,7 @@ async def test_a_device_that_fails_ends_the_session(autojump_clock: MockClock) -
 async def test_a_device_that_fails_in_a_message_is_not_just_refused(
     autojump_clock: MockClock,
 ) -> None:
-    async with connected() as vm:
+    async with connected(Stateful()) as vm:
         await vm.start(0)
         vm.device.refuse["write_config"] = TransportLost("the back-end went away")
         vm.device.fail("the back-end went away")

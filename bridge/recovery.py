@@ -1,0 +1,38 @@
+"""Where a device that is gone had come to: what guest memory says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+
+from vhostbridge.backends.device import Device, MemoryRegion
+from vhostbridge.backends.errors import PeerError
+from vhostbridge.backends.ring_memory import available_index, used_index
+from vhostbridge.backends.state import DeviceState
+from vhostbridge.backends.virtio import TransportFeature
+
+
+def last_state(
+    device: Device, running: Collection[int], regions: Iterable[MemoryRegion]
+) -> DeviceState | None:
+    """The state from which another device goes on; ``None`` if nothing tells it for certain.
+
+    The indices in memory tell it when all requests are complete, or are completed in order. What
+    else the device had taken, out of order, only it knew; as it did state of its own.
+    """
+    packed = device.features & TransportFeature.RING_PACKED.mask
+    if device.internal_owner is not None or (packed and running):
+        return None
+    in_order = device.features & TransportFeature.IN_ORDER.mask
+    state = device.state_of(b"")
+    at = {}
+    for index in running:
+        vring = device.vrings[index]
+        try:
+            at[index] = used_index(regions, vring)
+            if not in_order and at[index] != available_index(regions, vring):
+                return None
+        except PeerError:
+            return None
+    vrings = tuple(replace(v, base=at.get(v.index, v.base)) for v in state.vrings)
+    return replace(state, vrings=vrings)
