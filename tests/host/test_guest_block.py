@@ -159,5 +159,8 @@ def test_back_end_that_dies_idle_is_replaced_under_the_guest(
         log = len(bridge.output)
         with StorageDaemon(disk.image, disk.socket, queues=4):
             bridge.wait_for_output("running vrings", start=log)
-            assert guest.run("dd if=/dev/vda bs=1M count=4 2>/dev/null | sha256sum | cut -c1-64") == before
+            assert (
+                guest.run("dd if=/dev/vda bs=1M count=4 2>/dev/null | sha256sum | cut -c1-64")
+                == before
+            )
             assert guest.read_write(4, 4) == digest_of(disk.image, 4, 4)
