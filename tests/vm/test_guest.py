@@ -7,7 +7,12 @@ import pytest
 from .checks import GUEST, GuestChecks, checks_of
 
 # Checks that count rounds.
-SOAK = ("front_ends_killed_at_any_point", "libblkio_killed_at_any_point")
+SOAK = (
+    "front_ends_killed_at_any_point",
+    "libblkio_killed_at_any_point",
+    "libblkio_suspended_at_any_moment",
+    "numbered_frames_over_suspends",
+)
 MODULES = sorted(path.stem for path in GUEST.glob("checks_*.py"))
 
 

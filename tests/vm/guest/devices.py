@@ -169,15 +169,18 @@ def _become_bridge(log: int, arguments: Sequence[str], prefix: Sequence[str]) ->
 
 
 @contextlib.contextmanager
-def serving(*bridges: tuple[str, str], prefix: Sequence[str] = ()) -> Iterator[BridgeProcess]:
+def serving(
+    *bridges: tuple[str, str], prefix: Sequence[str] = (), more: Sequence[str] = ()
+) -> Iterator[BridgeProcess]:
     """A daemon that serves `(name, back-end)` pairs on /tmp/NAME.sock; must end with status 0.
 
-    One pair goes by options, several by a configuration file. `prefix` is as for spawn().
+    One pair goes by options, several by a configuration file. `prefix` is as for spawn(), `more`
+    are further options for one pair.
     """
     sockets = [f"/tmp/{name}.sock" for name, _ in bridges]
     if len(bridges) == 1:
         (name, backend), path = bridges[0], sockets[0]
-        options = ["--name", name, "--listen", path, "--backend", backend]
+        options = ["--name", name, "--listen", path, "--backend", backend, *more]
         daemon = spawn(["serve", *options], path, prefix=prefix)
     else:
         tables = [

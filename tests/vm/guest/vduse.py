@@ -60,7 +60,7 @@ def vduse_block(name: str = "vd0", *, msg_timeout: int | None = None) -> Iterato
     export = f"type=vduse-blk,id=export,name={name},node-name=disk,writable=on"
     process = subprocess.Popen(
         [
-            *("qemu-storage-daemon", "--blockdev", f"driver=file,node-name=disk,filename={file}"),
+            *("qemu-storage-daemon", "--blockdev", _blockdev(file)),
             *("--chardev", f"socket,id=qmp,path=/tmp/{name}.qmp,server=on,wait=off"),
             *("--monitor", "chardev=qmp", "--export", export),
         ]
@@ -80,6 +80,28 @@ def vduse_block(name: str = "vd0", *, msg_timeout: int | None = None) -> Iterato
         process.terminate()
         process.wait(20)
         _destroy(name)
+
+
+@contextlib.contextmanager
+def vhost_user_block(file: Path) -> Iterator[str]:
+    """The path of a socket where another qemu-storage-daemon serves the same file."""
+    path = "/tmp/disk.sock"
+    where = f"addr.type=unix,addr.path={path}"
+    export = f"type=vhost-user-blk,id=export,node-name=disk,writable=on,{where}"
+    process = subprocess.Popen(
+        ["qemu-storage-daemon", "--blockdev", _blockdev(file), "--export", export]
+    )
+    try:
+        wait_until(lambda: os.path.exists(path))
+        yield path
+    finally:
+        process.terminate()
+        process.wait(20)
+        Path(path).unlink(missing_ok=True)
+
+
+def _blockdev(file: Path) -> str:
+    return f"driver=file,node-name=disk,filename={file},locking=off"
 
 
 def _destroy(name: str) -> None:
