@@ -14,7 +14,7 @@ from vhostbridge.bridge.control_client import ControlClient
 
 from . import libblkio
 from .blk import IN, OUT, BlockDriver, Request, content
-from .devices import block_device, net_device, serving, simulator_options
+from .devices import block_device, net_device, serving, simulator_options, wait_until
 from .frontend import Frontend
 from .libblkio import USER
 from .memory import Memory
@@ -63,7 +63,8 @@ def check_libblkio_suspended_at_any_moment() -> None:
     with block_device(), serving(("blk", "vdpa:blk0")) as bridge:
         libblkio.run(USER, bridge.socket, "fill", **options)
         client = libblkio.start(USER, bridge.socket, "write-read", seconds=900, **options)
-        bridge.wait_for("running vrings 0")
+        with control("blk") as asked:
+            wait_until(lambda: asked.status("blk")[0].state == "running")
         for _ in range(ROUNDS):
             time.sleep(chance.uniform(0, 0.02))
             suspend("blk")
