@@ -48,7 +48,7 @@ def encode(value: object) -> bytes:
     """
     try:
         raw = cbor2.dumps(value, canonical=True)
-    except (cbor2.CBOREncodeError, UnicodeError) as error:
+    except (cbor2.CBOREncodeError, UnicodeError, RecursionError) as error:
         raise invalid(str(error).partition("\n")[0]) from None
     check = Items()
     check.feed(raw)

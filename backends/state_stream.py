@@ -39,7 +39,7 @@ Progress = Callable[[int], None]
 T = TypeVar("T")
 
 # Less than this is handled at once: a thread costs more than the work.
-_SMALL = 64 << 10
+_SMALL = 4 << 10
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

@@ -16,7 +16,7 @@ from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringS
 from vhostbridge.backends.errors import BridgeError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
 from vhostbridge.backends.lifecycle import Capabilities, How, State, Status, Verb, step
-from vhostbridge.backends.ring_memory import used_index
+from vhostbridge.backends.ring_memory import available_index, used_index
 from vhostbridge.backends.virtio import DeviceId, TransportFeature
 
 from .chardev import BackendFeature, Chardev
@@ -38,6 +38,8 @@ _WANTED = (
 
 # How long a device without SUSPEND may take to finish what it has fetched, in seconds.
 DRAIN_SECONDS = 5.0
+# How long it may take to look at a vring that it was kicked for, in seconds.
+SETTLE_SECONDS = 0.01
 
 
 class VdpaDevice(Device):
@@ -310,11 +312,23 @@ class VdpaDevice(Device):
         if not self._persist:
             self._memory.map_again()
 
+    # A request is done once it is used. One whose kick was just delivered may not even be fetched;
+    # one that the driver has not kicked for yet never will be: so a position short of what was
+    # available counts only when it has not moved for a while.
     def _wait_drained(self) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
         for index, ring in self._rings.items():
-            while self._dev.vring_base(index) != used_index(self._memory.regions, ring):
-                if time.monotonic() > deadline:
+            available = available_index(self._memory.regions, ring)
+            last, since = -1, 0.0
+            while True:
+                base, now = self._dev.vring_base(index), time.monotonic()
+                if base != last:
+                    last, since = base, now
+                if base == used_index(self._memory.regions, ring) and (
+                    base == available or now > since + SETTLE_SECONDS
+                ):
+                    break
+                if now > deadline:
                     raise Unsupported(
                         f"{self.info.target} can't be stopped: vring {index} did not finish its "
                         f"requests in {DRAIN_SECONDS:g} s"

@@ -103,8 +103,18 @@ class Client:
         message.fds.clear()
         return message.payload, taken
 
-    async def stop_vring(self, index: int, enabled: bool, call: OwnedFd) -> VringState:
-        """GET_VRING_BASE, and SET_VRING_CALL right behind it: where the vring stopped.
+    async def stop_vring(self, index: int) -> VringState:
+        """GET_VRING_BASE: stop a vring and learn where it stopped.
+
+        Raises:
+            PeerError: the back-end answered for another vring, or otherwise broke the protocol.
+            TransportLost: the back-end went away; whether it stopped is unknown.
+        """
+        reply = await self.request(Request.GET_VRING_BASE, VringState(index, 0))
+        return self._checked_base(index, reply)
+
+    async def stop_busy_vring(self, index: int, enabled: bool, call: OwnedFd) -> VringState:
+        """The same for a vring with requests in flight, with SET_VRING_CALL right behind it.
 
         libvhost-user (up to QEMU 11 at least) answers before the requests are complete, forgets
         the call eventfd with the answer, and breaks when a completion finds none. So the new one
@@ -112,8 +122,7 @@ class Client:
         socket while it is busy with messages that change nothing.
 
         Raises:
-            PeerError: the back-end answered for another vring, or otherwise broke the protocol.
-            TransportLost: the back-end went away; whether it stopped is unknown.
+            PeerError, TransportLost: as ``stop_vring``.
         """
         acknowledged = ProtocolFeature.REPLY_ACK in self.protocol
         busy = encode_request(Request.SET_VRING_ENABLE, VringState(index, int(enabled)))
@@ -135,13 +144,15 @@ class Client:
         reply = await self._reply_to(base)
         if acknowledged:
             self._check(ack.request, await self._reply_to(ack))
-        assert isinstance(reply.payload, VringState)
-        if reply.payload.index != index:
+        return self._checked_base(index, reply.payload)
+
+    def _checked_base(self, index: int, base: Payload) -> VringState:
+        assert isinstance(base, VringState)
+        if base.index != index:
             raise PeerError(
-                f"back-end {self.target} answered for vring {reply.payload.index}, "
-                f"{index} was asked"
+                f"back-end {self.target} answered for vring {base.index}, {index} was asked"
             )
-        return reply.payload
+        return base
 
     async def _exchange(
         self, request: Request, payload: Payload | None, fds: Sequence[OwnedFd]

@@ -298,7 +298,11 @@ class VhostUserDevice(Device):
         if vring is None:
             return
         try:
-            stopped = await self._client.stop_vring(index, vring.enabled, self._deaf)
+            # What tells libvhost-user from others: it has no STATUS.
+            if self._has(ProtocolFeature.STATUS):
+                stopped = await self._client.stop_vring(index)
+            else:
+                stopped = await self._client.stop_busy_vring(index, vring.enabled, self._deaf)
         except PeerError as error:
             self.fail(str(error))
             raise

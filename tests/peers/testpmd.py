@@ -1,0 +1,84 @@
+"""DPDK's testpmd: a port of ours and a port of files, frames going from each to the other."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from tests.rig.root import peer_argv
+
+from .process import Process
+
+PROMPT = "testpmd> "
+
+
+class Testpmd(Process):
+    """Forwards what `incoming` files have to `vdev`, and what comes from there to files.
+
+    There is one incoming file a queue, and `outgoing` has as many. It waits for memory of its own
+    only, no huge pages; it spins on one processor while it forwards.
+    """
+
+    __test__ = False  # its name begins as a test's does
+
+    def __init__(self, vdev: str, incoming: Sequence[Path], *, processor: int) -> None:
+        self.outgoing = [path.with_suffix(".out") for path in incoming]
+        files = [f"rx_pcap={path}" for path in incoming]
+        files += [f"tx_pcap={path}" for path in self.outgoing]
+        queues = len(incoming)
+        argv = [
+            *("dpdk-testpmd", "--no-huge", "--no-pci", "--single-file-segments", "-m", "256"),
+            *(f"--file-prefix={secrets.token_hex(4)}", "--lcores", f"0@{processor},1@{processor}"),
+            *("--vdev", vdev, "--vdev", f"net_pcap0,{','.join(files)}", "--"),
+            *("-i", "--no-flush-rx", "--total-num-mbufs=8192"),
+            *(f"--rxq={queues}", f"--txq={queues}"),
+        ]
+        super().__init__(peer_argv(argv, die_with_parent=True), name=f"testpmd {vdev[:12]}")
+        self._seen = 0
+
+    def __enter__(self) -> Self:
+        try:
+            self._seen = self.wait_for_output(PROMPT, 60)
+            # A ring that is full is waited for: a frame is lost only by those under test.
+            self.tell("set fwd io retry")
+            self.tell("set burst tx delay 50 retry 100000")
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def tell(self, command: str) -> None:
+        """Give a command and wait until it is done."""
+        self.send(f"{command}\n")
+        self._seen = self.wait_for_output(PROMPT, start=self._seen)
+
+
+def frame(number: int, salt: int = 0) -> bytes:
+    """Frame `number`: 60 to 1400 bytes with content that no other one has."""
+    source = random.Random(f"{salt}/{number}")
+    body = struct.pack(">II", salt, number) + source.randbytes(source.randint(38, 1380))
+    return b"\xff" * 6 + bytes.fromhex("525400112233") + b"\x88\xb5" + body
+
+
+def write_frames(path: Path, frames: Sequence[bytes]) -> None:
+    """Write a capture file."""
+    records = [struct.pack("<IIII", 0, i, len(x), len(x)) + x for i, x in enumerate(frames)]
+    head = struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, 1)
+    path.write_bytes(head + b"".join(records))
+
+
+def read_frames(path: Path) -> list[bytes]:
+    """The whole frames of a capture file, which may be still growing."""
+    data = memoryview(path.read_bytes())[24:] if path.exists() else memoryview(b"")
+    frames = []
+    while len(data) >= 16:
+        (size,) = struct.unpack_from("<I", data, 8)
+        if len(data) < 16 + size:
+            break
+        frames.append(bytes(data[16 : 16 + size]))
+        data = data[16 + size :]
+    return frames
