@@ -2,7 +2,9 @@
 
 Boots the test virtual machine, creates a ``vdpa_sim_blk`` device, serves it, lets libblkio write
 and read back checksummed pseudo-random data through the vhost-user socket, and says what went
-where and how fast. The last line says whether the data matched; the exit status too.
+where and how fast. Then it suspends, saves and resumes the device under a client's load, and moves
+one from vhost-vdpa to vhost-user and back. The last line says whether the data matched; the exit
+status too.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from typing import Any
 
@@ -18,6 +21,7 @@ from tests.peers.build import build_peer
 from tests.rig.job import CommandFailed, Job
 from tests.rig.product import build_wheel
 from tests.rig.vm import Vm
+from tests.vm.checks import GuestChecks
 
 SOCKET = "/run/demo.sock"
 SIZE = 16 << 20
@@ -84,6 +88,40 @@ def verified_io(vm: Vm, binary: str, pid: int) -> None:
     print(f"  the bridge used {used:.2f} s of processor time meanwhile, all of it for set-up")
 
 
+def suspended_io(vm: Vm, binary: str) -> None:
+    """Suspend, look, save and resume under verified load."""
+    print("random writes and verified reads again, suspending the device meanwhile ...")
+    amount = ("--size", str(SIZE), "--seed", "2027", "--depth", "16", "--seconds", "9")
+    load = vm.start([binary, "virtio-blk-vhost-user", SOCKET, "write-read", *amount])
+    load.wait_for_output("running", 60)
+    for command in (
+        "vhost-bridge suspend demo",
+        "vhost-bridge status demo",
+        "vhost-bridge save demo /tmp/demo.state",
+        "vhost-bridge state show /tmp/demo.state",
+        "vhost-bridge resume demo",
+    ):
+        print(f"  $ {command}")
+        print(textwrap.indent(vm.run(command.split()).stdout.rstrip(), "    "))
+    result = json.loads(load.wait(60).stdout.splitlines()[-1])
+    print(f"  {result['verified']} blocks verified; the client saw a pause and nothing else")
+
+
+CROSSINGS = {
+    "state_crosses_from_vdpa_to_vhost_user": "vhost-vdpa (VDUSE) to vhost-user",
+    "state_crosses_from_vhost_user_to_vdpa": "vhost-user to vhost-vdpa (VDUSE)",
+}
+
+
+def crossing(vm: Vm) -> None:
+    """Save on one transport and load on the other, with requests waiting."""
+    checks = GuestChecks(vm, {"checks_model": list(CROSSINGS)})
+    print("a driver with 20 requests waiting moves, both devices having the same disk ...")
+    for check, what in CROSSINGS.items():
+        checks.require("checks_model", check)
+        print(f"  {what}: all 20 done once, 40 blocks verified")
+
+
 def main() -> int:
     binary = build_peer("blkio_verify.c")
     with Vm(wheel=build_wheel()) as vm:
@@ -96,7 +134,9 @@ def main() -> int:
         print(PICTURE.format(kernel=kernel, **picture))
         try:
             verified_io(vm, f"{vm.share_guest}/blkio_verify", pid)
-        except CommandFailed as error:
+            suspended_io(vm, f"{vm.share_guest}/blkio_verify")
+            crossing(vm)
+        except (CommandFailed, AssertionError) as error:
             print(error)
             print(job.output().stderr)
             print("DATA MISMATCH or failed I/O: see above")

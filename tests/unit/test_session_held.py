@@ -277,7 +277,9 @@ async def test_a_reset_before_the_start_keeps_the_waiting_state(autojump_clock: 
         assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 3))
 
 
-async def test_a_front_end_that_only_looks_leaves_the_waiting_state() -> None:
+async def test_a_front_end_that_only_looks_leaves_the_waiting_state(
+    autojump_clock: MockClock,
+) -> None:
     async with connected() as vm:
         await loaded(vm, 3)
         await vm.negotiate()
@@ -289,7 +291,9 @@ async def test_a_front_end_that_only_looks_leaves_the_waiting_state() -> None:
         await vm.device.reset()
 
 
-async def test_a_state_names_every_difference_to_the_front_end() -> None:
+async def test_a_state_names_every_difference_to_the_front_end(
+    autojump_clock: MockClock,
+) -> None:
     before = await saved(3, 4)
     vring = before.vrings[0]
     other = replace(before, features=1, vrings=(replace(vring, size=64, device_area=0),))

@@ -6,12 +6,17 @@ import json
 import os
 from typing import Any
 
+from vhostbridge.bridge.conform.contracts import CONTRACTS
+
 from .blk import BLOCK, content
 from .checks_commands import output
 from .devices import block_device, net_device, serving, spawn
 from .vduse import SIZE, vduse_block
 
 NO_INTERNAL = {"internal-state-twice", "internal-state-loads", "config-change-held"}
+# qemu-storage-daemon 10.0 aborts when its VDUSE device is reset with a request in flight: see
+# docs/conformance.md.
+VDUSE = [arg for c in CONTRACTS if c.name != "reset-running" for arg in ("-c", c.name)]
 NEED_REQUESTS = {"requests-complete", "kick-kept", "call-after-resume"}
 
 
@@ -52,7 +57,7 @@ def check_vduse_that_is_read() -> None:
         with device.file.open("r+b") as image:
             os.pwrite(image.fileno(), content("conform", 0), 0)
             before = os.pread(image.fileno(), SIZE, 0)
-        assert set(results("vd0")) == NO_INTERNAL
+        assert set(results("vd0", *VDUSE)) == NO_INTERNAL
         assert device.file.read_bytes() == before
 
 
@@ -63,7 +68,7 @@ def check_vduse_that_is_written_has_its_content_back() -> None:
             for block in range(SIZE // BLOCK - 70, SIZE // BLOCK):
                 os.pwrite(image.fileno(), content("conform", block), block * BLOCK)
             before = os.pread(image.fileno(), SIZE, 0)
-        assert set(results("vd0", "--write")) == NO_INTERNAL
+        assert set(results("vd0", "--write", *VDUSE)) == NO_INTERNAL
         assert device.file.read_bytes() == before
 
 
