@@ -18,7 +18,7 @@ from .devices import block_device, net_device, serving, simulator_options, wait_
 from .frontend import Frontend
 from .libblkio import USER
 from .memory import Memory
-from .net import NetDriver
+from .net import NetDriver, vhost_user_echo
 from .vduse import vduse_block, vhost_user_block
 from .vring import SplitRing
 
@@ -229,6 +229,77 @@ def check_state_crosses_from_vhost_user_to_vdpa() -> None:
             driver = leave_in_the_middle("user", bridge.socket)
         with serving(("vdpa", "vdpa:vd0"), more=["--incoming", str(STATE)]) as bridge:
             go_on(bridge.socket, driver)
+
+
+def check_frames_cross_from_vdpa_to_vhost_user_and_back() -> None:
+    driver = NetDriver(Memory(4 * MIB))
+    incoming = ["--incoming", str(STATE), "--type", "net"]
+
+    def exchange(name: str, path: str) -> None:
+        with Frontend(path) as frontend:
+            arrive(frontend, driver, [driver.rx.used_index, driver.tx.used_index])
+            driver.receive(driver.sent, 60)
+            driver.exchange(100, window=16)
+            suspend(name)
+            driver.send_numbered(9)
+            save(name)
+
+    with net_device(), vhost_user_echo() as socket:
+        with serving(("first", "vdpa:net0")) as bridge:
+            exchange("first", bridge.socket)
+        with serving(("second", f"vhost-user:{socket}"), more=incoming) as bridge:
+            exchange("second", bridge.socket)
+        with serving(("third", "vdpa:net0"), more=incoming[:2]) as bridge:
+            exchange("third", bridge.socket)
+    with (
+        net_device(),
+        serving(("last", "vdpa:net0"), more=incoming[:2]) as bridge,
+        Frontend(bridge.socket) as frontend,
+    ):
+        arrive(frontend, driver, [driver.rx.used_index, driver.tx.used_index])
+        driver.receive(driver.sent)
+    driver.check()
+
+
+def check_state_is_there_after_the_front_end_stopped() -> None:
+    """QEMU asks after GET_VRING_BASE and status 0; two saves are the same."""
+    with (
+        simulator_options("", block="shared_backend=1"),
+        block_device("blk1"),
+        block_device("blk2"),
+    ):
+        with serving(("one", "vdpa:blk1")) as bridge, running(bridge.socket) as (frontend, driver):
+            driver.write_blocks("first", range(40))
+            for block in range(20):
+                driver.submit(Request(OUT, block * 8, content("second", block)))
+            driver.run(())
+            frontend.stop_ring(0)
+            frontend.set_status(0)
+            save("one")
+            first = STATE.read_bytes()
+            save("one")
+            assert STATE.read_bytes() == first
+        with serving(("two", "vdpa:blk2"), more=["--incoming", str(STATE)]) as bridge:
+            go_on(bridge.socket, driver)
+
+
+def check_what_was_loaded_is_saved_again_as_it_was() -> None:
+    """Features above all: the second migration of a device works as the first."""
+    with block_device():
+        with serving(("one", "vdpa:blk0")) as bridge:
+            driver = leave_in_the_middle("one", bridge.socket)
+        first = STATE.read_bytes()
+        with serving(("two", "vdpa:blk0"), more=["--incoming", str(STATE)]):
+            save("two")
+        assert STATE.read_bytes() == first
+        with (
+            serving(("two", "vdpa:blk0"), more=["--incoming", str(STATE)]) as bridge,
+            Frontend(bridge.socket) as frontend,
+        ):
+            arrive(frontend, driver, [driver.ring.used_index])
+            suspend("two")
+            save("two")
+        assert len(STATE.read_bytes()) == len(first)
 
 
 def check_front_end_that_is_elsewhere_is_refused_with_both_values() -> None:

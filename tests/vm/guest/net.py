@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import struct
+import subprocess
+from collections.abc import Iterator
 
+from .devices import wait_until
 from .memory import Memory
 from .vring import Buffer, SplitRing
 
@@ -90,3 +95,24 @@ class NetDriver:
             if data != frame(number):
                 got = struct.unpack(">I", data[14:18])[0] if len(data) >= 18 else None
                 raise AssertionError(f"frame {number} came as {got}, {len(data)} bytes")
+
+
+@contextlib.contextmanager
+def vhost_user_echo() -> Iterator[str]:
+    """The path of a socket where DPDK sends every frame back, as vdpa_sim_net does."""
+    path = "/tmp/echo.sock"
+    argv = [
+        *("dpdk-testpmd", "--no-huge", "--no-pci", "--single-file-segments", "-m", "64"),
+        *("--lcores", "0@0,1@0", "--file-prefix=echo", "--vdev", f"net_vhost0,iface={path}", "--"),
+        *("--port-topology=loop", "--forward-mode=io", "--auto-start", "--no-flush-rx"),
+        *("--total-num-mbufs=2048", "--stats-period=1000"),
+    ]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: os.path.exists(path), 60)
+        yield path
+    finally:
+        process.terminate()
+        process.wait(20)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
