@@ -1,7 +1,8 @@
 /*
  * A guest in 512 bytes: through its firmware's virtio-blk driver it reads 16 KiB at a time from
  * sector FROM on, inverts some bits, writes that from sector TO on, reads it back and compares.
- * When all COUNT pieces are done it says D on its serial port, or F at the first failure.
+ * On its debug port it says S when it starts, a point after each piece, and D when all COUNT are
+ * done, or F at the first failure.
  */
 	.code16
 	.set SOURCE, 0x1000 /* segments */
@@ -15,6 +16,8 @@ _start:	xorw	%ax, %ax
 	movw	$0x7c00, %sp
 	cld
 	movb	%dl, drive
+	movb	$'S', %al
+	outb	%al, $0xe9
 next:	movw	$from, %si
 	movb	$0x42, %ah
 	call	disk
@@ -45,6 +48,8 @@ next:	movw	$from, %si
 	addl	$32, from + 8
 	addl	$32, to + 8
 	addl	$32, again + 8
+	movb	$'.', %al
+	outb	%al, $0xe9
 	decw	left
 	jnz	next
 	movb	$'D', %al
@@ -55,8 +60,7 @@ disk:	xorb	%al, %al
 	jc	fail
 	ret
 fail:	movb	$'F', %al
-say:	movw	$0x3f8, %dx
-	outb	%al, %dx
+say:	outb	%al, $0xe9
 halt:	hlt
 	jmp	halt
 

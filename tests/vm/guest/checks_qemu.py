@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Iterator
 
 from .blk import IN, OUT, SECTOR, BlockDriver, Request, content
-from .devices import BridgeProcess, block_device, serving, wait_until
+from .devices import BridgeProcess, block_device, serving
 from .memory import Memory
-from .qemu import FROM, PIECE, TO, NestedGuest, boot_sector, nested_guest
+from .qemu import DONE, FROM, PIECE, TO, NestedGuest, boot_sector, nested_guest
 from .raw import RawDevice
 from .vring import SplitRing
 
@@ -42,32 +42,37 @@ def copying(count: int) -> Iterator[tuple[NestedGuest, BridgeProcess]]:
 
 
 def check_guest_reads_and_writes() -> None:
-    with copying(100) as (guest, _):
+    with copying(100) as (guest, bridge):
         guest.wait_done()
-
-
-def starts(bridge: BridgeProcess) -> int:
-    return bridge.text().count("running vrings 0")
-
-
-def wait_started(bridge: BridgeProcess, times: int) -> None:
-    wait_until(lambda: starts(bridge) >= times)
+        assert (guest.copied, starts(bridge)) == (100, 1)
 
 
 def check_guest_is_stopped_and_continued() -> None:
     """QEMU's own order: each ring's base is asked for, status 0, and later everything anew."""
-    with copying(400) as (guest, bridge):
-        for turn in range(8):
-            wait_started(bridge, turn + 1)
+    turns, count = 8, 400
+    with copying(count) as (guest, bridge):
+        for turn in range(turns):
+            guest.wait_copied(1 + turn * 40)
             guest.execute("stop")
+            guest.catch_up()
+            assert guest.copied < count, "it was done before the last stop"
             guest.execute("cont")
         guest.wait_done()
-        assert starts(bridge) == 9
+        assert (guest.copied, starts(bridge)) == (count, 1 + turns)
 
 
 def check_guest_is_reset_in_the_middle() -> None:
-    with copying(120) as (guest, bridge):
-        for turn in range(3):
-            wait_started(bridge, turn + 1)
+    """It boots from the device again, and copies anew what it had begun to."""
+    boots, count = 4, 200
+    with copying(count) as (guest, bridge):
+        for boot in range(1, boots):
+            guest.wait_copied(5, boots=boot)
             guest.execute("system_reset")
+        guest.wait_copied(count, boots=boots)
         guest.wait_done()
+        assert guest.said.count(DONE) == 1, "it was done before a reset"
+        assert starts(bridge) == boots
+
+
+def starts(bridge: BridgeProcess) -> int:
+    return bridge.text().count("running vrings 0")
