@@ -13,7 +13,7 @@ from typing import TypeVar
 import trio
 
 from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup, whole
-from vhostbridge.backends.errors import BridgeError, Unsupported
+from vhostbridge.backends.errors import BridgeError, KernelRefused, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
 from vhostbridge.backends.lifecycle import Capabilities, How, State, Status, Verb, step
 from vhostbridge.backends.ring_memory import available_index, used_index
@@ -256,8 +256,9 @@ class VdpaDevice(Device):
         try:
             await self._call(stop)
         except BridgeError as error:
-            self.state = State.RUNNING
-            await self._run_again(rings, error)
+            if not self.failed.is_set():
+                self.state = State.RUNNING
+                await self._run_again(rings, error)
             raise
 
     # After a suspend that failed somewhere: the device may have stopped, or not.
@@ -278,10 +279,16 @@ class VdpaDevice(Device):
 
     def _suspend(self) -> None:
         self._dev.suspend()
-        self._rings = {
-            index: replace(ring, base=self._dev.vring_base(index))
-            for index, ring in self._rings.items()
-        }
+        try:
+            self._rings = {
+                index: replace(ring, base=self._dev.vring_base(index))
+                for index, ring in self._rings.items()
+            }
+        except KernelRefused as error:
+            # Stopped, nobody knows where, and only RESUME could let it go on from there.
+            if self.capabilities.resume.how is not How.NATIVE:
+                self.fail(str(error))
+            raise
 
     def _place(self, features: int, vrings: Sequence[VringSetup]) -> None:
         self.features = features

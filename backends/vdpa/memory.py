@@ -139,12 +139,16 @@ class GuestMemory:
         if self._batch:
             self._device.iotlb_batch_begin()
         try:
-            for mapping in gone:
-                self._device.iotlb_unmap(mapping.iova, mapping.size)
-                removed.append(mapping)
-            for mapping in new:
-                self._device.iotlb_map(mapping.iova, mapping.size, mapping.address)
-                added.append(mapping)
+            try:
+                for mapping in gone:
+                    self._device.iotlb_unmap(mapping.iova, mapping.size)
+                    removed.append(mapping)
+                for mapping in new:
+                    self._device.iotlb_map(mapping.iova, mapping.size, mapping.address)
+                    added.append(mapping)
+            finally:
+                if self._batch:
+                    self._device.iotlb_batch_end()
         except KernelRefused as error:
             with suppress(KernelRefused):
                 for mapping in added:
@@ -152,9 +156,6 @@ class GuestMemory:
                 for mapping in removed:
                     self._device.iotlb_map(mapping.iova, mapping.size, mapping.address)
             raise self._explain(error, new) from None
-        finally:
-            if self._batch:
-                self._device.iotlb_batch_end()
 
     # The kernel says EFAULT whatever happened; the locked-memory limit is the usual reason.
     def _explain(self, error: KernelRefused, new: Sequence[Mapping]) -> BridgeError:

@@ -1,0 +1,256 @@
+"""An ioctl that fails at every step of every operation: as it was, or FAILED with a reason."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import cast
+
+import pytest
+import trio
+
+from tests.unit.fakes import CAPABILITIES, device_info, eventfd, memfd, signals
+from vhostbridge.backends.device import MemoryRegion, VringSetup
+from vhostbridge.backends.errors import BridgeError, KernelRefused
+from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.lifecycle import State, Status
+from vhostbridge.backends.vdpa.chardev import BackendFeature, Chardev
+from vhostbridge.backends.vdpa.device import VdpaDevice
+from vhostbridge.backends.vdpa.opening import _capabilities
+
+FEATURES = 1 << 32
+SIZE = 0x20_0000
+USED = {0: 5, 1: 9}
+ALL = (
+    BackendFeature.SUSPEND
+    | BackendFeature.RESUME
+    | BackendFeature.IOTLB_BATCH
+    | BackendFeature.IOTLB_PERSIST
+    | BackendFeature.ENABLE_AFTER_DRIVER_OK
+)
+
+
+class Kernel:
+    """What a vhost-vdpa device does, as far as a driver sees; one call of it may fail.
+
+    Every method that the device calls counts as a step.
+    """
+
+    def __init__(self, features: BackendFeature) -> None:
+        self._features = features
+        self._status = 0
+        self.suspended = False
+        self.bases: dict[int, int] = {}
+        self.kicks: dict[int, bool] = {}
+        self.entries: dict[int, int] = {}
+        self.left = -1
+
+    def arm(self, step: int) -> None:
+        self.left = step
+
+    def _step(self, name: str) -> None:
+        self.left -= 1
+        if self.left == -1:
+            raise KernelRefused(f"fake: {name}", 5)
+
+    @property
+    def runs(self) -> bool:
+        return bool(self._status & Status.DRIVER_OK) and not self.suspended
+
+    def backend_features(self) -> BackendFeature:
+        return self._features
+
+    def set_backend_features(self, features: BackendFeature) -> None:
+        pass
+
+    def status(self) -> int:
+        self._step("GET_STATUS")
+        return self._status
+
+    def set_status(self, status: int) -> None:
+        self._step("SET_STATUS")
+        self._status = status
+        if status == 0:
+            self.suspended = False
+            self.bases, self.kicks = {}, {}
+            if BackendFeature.IOTLB_PERSIST not in self._features:
+                self.entries.clear()
+
+    def set_vring_base(self, index: int, base: int) -> None:
+        self._step("SET_VRING_BASE")
+        assert not self.runs
+        self.bases[index] = base
+
+    def vring_base(self, index: int) -> int:
+        self._step("GET_VRING_BASE")
+        return self.bases[index]
+
+    def set_vring_kick(self, index: int, fd: OwnedFd | None) -> None:
+        self._step("SET_VRING_KICK")
+        self.kicks[index] = fd is not None
+
+    def suspend(self) -> None:
+        self._step("SUSPEND")
+        assert self._status & Status.DRIVER_OK
+        self.suspended = True
+
+    def resume(self) -> None:
+        self._step("RESUME")
+        self.suspended = False
+
+    def iotlb_map(self, iova: int, size: int, address: int) -> None:
+        self._step("IOTLB UPDATE")
+        assert iova not in self.entries
+        self.entries[iova] = size
+
+    def iotlb_unmap(self, iova: int, size: int) -> None:
+        self._step("IOTLB INVALIDATE")
+        self.entries.pop(iova, None)
+
+    def close(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *args: self._step(name)
+
+
+class Bench:
+    def __init__(self, features: BackendFeature) -> None:
+        self.kernel = Kernel(features)
+        capabilities = _capabilities(features) if features is not ALL else CAPABILITIES
+        self.device = VdpaDevice(cast(Chardev, self.kernel), device_info(), capabilities)
+        self.owned: list[OwnedFd] = []
+        self.regions = [self.region(0)]
+        self.rings = [self.ring(index) for index in USED]
+
+    def own(self, fd: OwnedFd) -> OwnedFd:
+        self.owned.append(fd)
+        return fd
+
+    def region(self, at: int) -> MemoryRegion:
+        return MemoryRegion(at, SIZE, self.own(memfd(SIZE)), 0, (0, at, 0))
+
+    def ring(self, index: int, size: int = 256) -> VringSetup:
+        at = 0x10000 * (index + 1)
+        for area in (0x1002, 0x2002):
+            os.pwrite(self.regions[0].fd.fileno(), struct.pack("<H", USED[index]), at + area)
+        kick, call = self.own(eventfd()), self.own(eventfd())
+        areas = (at, at + 0x1000, at + 0x2000)
+        return VringSetup(index, size, *areas, USED[index], kick, call, None, True)
+
+    def check(self) -> None:
+        """The device and the kernel agree, or it is FAILED and says why."""
+        device, kernel = self.device, self.kernel
+        if device.state is State.FAILED:
+            assert device.failure
+            return
+        assert set(kernel.entries) == {region.guest_address for region in self.regions}
+        assert kernel.runs == (device.state is State.RUNNING)
+        if device.state is State.RUNNING:
+            assert kernel.bases == USED
+            assert kernel.kicks == {0: True, 1: True}
+        if device.state is State.SUSPENDED:
+            assert {index: v.base for index, v in device.vrings.items()} == USED
+
+
+KINDS = {
+    "all": ALL,
+    "no RESUME": ALL & ~BackendFeature.RESUME,
+    "no SUSPEND": ALL & ~BackendFeature.SUSPEND & ~BackendFeature.RESUME,
+    "no PERSIST": ALL & ~BackendFeature.IOTLB_PERSIST,
+}
+
+
+@asynccontextmanager
+async def bench(kind: str) -> AsyncIterator[Bench]:
+    made = Bench(KINDS[kind])
+    try:
+        await made.device.set_memory(made.regions)
+        await made.device.run(FEATURES, made.rings)
+        yield made
+    finally:
+        await made.device.aclose()
+        for fd in made.owned:
+            fd.close()
+
+
+async def suspend(b: Bench) -> None:
+    await b.device.suspend()
+
+
+async def resume(b: Bench) -> None:
+    await b.device.resume()
+
+
+async def run_anew(b: Bench) -> None:
+    await b.device.run(FEATURES, [b.ring(0, 128), b.ring(1, 64)])
+
+
+async def add_memory(b: Bench) -> None:
+    await b.device.set_memory([*b.regions, b.region(SIZE)])
+
+
+OPERATIONS: dict[str, tuple[Callable[[Bench], Awaitable[None]], int]] = {
+    # More steps than any of them makes.
+    "suspend": (suspend, 14),
+    "resume": (resume, 26),
+    "run anew": (run_anew, 34),
+    "add memory": (add_memory, 4),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OPERATIONS)
+async def test_one_ioctl_fails(kind: str, name: str) -> None:
+    operation, steps = OPERATIONS[name]
+    for step in range(steps):
+        async with bench(kind) as b:
+            if name == "resume":
+                await b.device.suspend()
+            before = b.device.state
+            for ring in b.rings:
+                signals(ring.kick)  # type: ignore[arg-type]
+            b.kernel.arm(step)
+            again = False
+            try:
+                await operation(b)
+            except BridgeError:
+                assert b.device.state in (before, State.FAILED), step
+                again = b.device.state is before
+                if b.device.state is State.RUNNING and name == "suspend":
+                    assert all(signals(ring.kick) for ring in b.rings)  # type: ignore[arg-type]
+            else:
+                if name == "add memory":
+                    b.regions = list(b.device._memory.regions)
+            b.kernel.arm(-1)
+            b.check()
+            if again:
+                await operation(b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OPERATIONS)
+async def test_a_cancelled_task_ends_what_it_began(kind: str, name: str) -> None:
+    async with bench(kind) as b:
+        if name == "resume":
+            await b.device.suspend()
+        with trio.CancelScope() as scope:
+            original = b.kernel._step
+
+            def cancel(what: str) -> None:
+                trio.from_thread.run_sync(scope.cancel)
+                original(what)
+
+            b.kernel._step = cancel  # type: ignore
+            await OPERATIONS[name][0](b)
+            await trio.lowlevel.checkpoint()
+        assert scope.cancelled_caught
+        b.kernel._step = original  # type: ignore
+        if name == "add memory":
+            b.regions = list(b.device._memory.regions)
+        assert b.device.state is not State.FAILED
+        b.check()

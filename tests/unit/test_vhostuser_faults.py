@@ -1,0 +1,248 @@
+"""A fault at every step of every operation: the device is as it was, or FAILED with a reason."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.unit.fakes import Frame, eventfd, frame, memfd, signals, u64
+from tests.unit.scripted import OFFER, Answer, Backend, connected
+from vhostbridge.backends.device import MemoryRegion, VringSetup
+from vhostbridge.backends.errors import BridgeError, Unsupported
+from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.lifecycle import State
+from vhostbridge.backends.vhostuser.device import VhostUserDevice
+from vhostbridge.backends.vhostuser.messages import Request
+
+FEATURES = 1 << 32
+SIZE = 0x20_0000
+USED = {0: 5, 1: 9}
+
+
+class Model(Backend):
+    """A scripted back-end that knows which of its vrings run, and from where."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self.start: dict[int, int] = {}
+        self.running: dict[int, int] = {}
+        self.slots = 0
+        self.left = -1
+        self.fault: Answer | None = None
+        self.asked: Request | None = None
+
+    def arm(self, step: int, fault: Answer) -> None:
+        """Let ``fault`` answer the request after so many good ones."""
+        self.left, self.fault = step, fault
+
+    def _honest(self, got: Frame) -> bytes | None:
+        self.left -= 1
+        request = Request(got.request)
+        if self.left == -1 and self.fault is not None:
+            self.asked = request
+            return self.fault(got)
+        if request in (Request.SET_VRING_BASE, Request.GET_VRING_BASE):
+            index, number = struct.unpack("=II", got.payload)
+            if request is Request.SET_VRING_BASE:
+                self.start[index] = number
+            else:
+                self.running.pop(index, None)
+        elif request is Request.SET_VRING_KICK and not got.u64 & 0x100:
+            index = got.u64 & 0xFF
+            self.running[index] = self.start[index]
+        elif request in (Request.ADD_MEM_REG, Request.REM_MEM_REG):
+            self.slots += 1 if request is Request.ADD_MEM_REG else -1
+        return super()._honest(got)
+
+
+class Bench:
+    """A device with memory and two vrings, and the back-end's model of both."""
+
+    def __init__(self, device: VhostUserDevice, backend: Model) -> None:
+        self.device = device
+        self.backend = backend
+        self.owned: list[OwnedFd] = []
+        self.regions = [self.region(0)]
+        self.rings = [self.ring(index) for index in USED]
+
+    def own(self, fd: OwnedFd) -> OwnedFd:
+        self.owned.append(fd)
+        return fd
+
+    def region(self, at: int) -> MemoryRegion:
+        fd = self.own(memfd(SIZE))
+        return MemoryRegion(at, SIZE, fd, 0, (0, at, 0))
+
+    def ring(self, index: int, size: int = 256) -> VringSetup:
+        at = 0x10000 * (index + 1)
+        os.pwrite(self.regions[0].fd.fileno(), struct.pack("<H", USED[index]), at + 0x2002)
+        kick, call = self.own(eventfd()), self.own(eventfd())
+        areas = (at, at + 0x1000, at + 0x2000)
+        return VringSetup(index, size, *areas, USED[index], kick, call, None, True)
+
+    def check(self) -> None:
+        """The device and its back-end agree, or it is FAILED and says why."""
+        device, running = self.device, self.backend.running
+        if device.state is State.FAILED:
+            assert device.failure
+        elif device.state is State.RUNNING:
+            assert running == USED
+            assert set(device.vrings) == set(USED)
+        else:
+            assert device.state in (State.SUSPENDED, State.RESET)
+            assert running == {}
+
+
+@asynccontextmanager
+async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    monkeypatch.setattr("tests.unit.scripted.Backend", Model)
+    async with connected(OFFER) as (device, backend):
+        assert isinstance(backend, Model)
+        backend.bases.update(USED)
+        made = Bench(device, backend)
+        await device.set_memory(made.regions)
+        await device.run(FEATURES, made.rings)
+        for ring in made.rings:
+            signals(ring.kick)  # type: ignore[arg-type]
+        try:
+            yield made
+        finally:
+            for fd in made.owned:
+                fd.close()
+
+
+async def suspend(b: Bench) -> None:
+    await b.device.suspend()
+
+
+async def resume(b: Bench) -> None:
+    await b.device.resume()
+
+
+async def stop_one(b: Bench) -> None:
+    await b.device.stop_vring(1)
+
+
+async def run_anew(b: Bench) -> None:
+    await b.device.run(FEATURES, [b.ring(0, 128), b.ring(1, 64)])
+
+
+async def add_memory(b: Bench) -> None:
+    await b.device.set_memory([*b.regions, b.region(SIZE)])
+
+
+OPERATIONS: dict[str, tuple[Callable[[Bench], Awaitable[None]], int]] = {
+    # How many requests each makes, at most.
+    "suspend": (suspend, 2),
+    "resume": (resume, 16),
+    "run anew": (run_anew, 18),
+    "add memory": (add_memory, 1),
+}
+STEPS = [(name, step) for name, (_, count) in OPERATIONS.items() for step in range(count)]
+
+
+def refuse(got: Frame) -> bytes:
+    # In a reply of its own, a vring that there isn't.
+    return frame(got.request, u64(1 if got.flags & 8 else 50), 5)
+
+
+def lie(got: Frame) -> bytes:
+    return frame(got.request, struct.pack("=II", 77, 0), 5)
+
+
+async def prepare(b: Bench, name: str) -> None:
+    if name == "resume":
+        await b.device.suspend()
+
+
+@pytest.mark.parametrize(("name", "step"), STEPS)
+@pytest.mark.parametrize("fault", [refuse, lie])
+async def test_a_wrong_answer(
+    monkeypatch: pytest.MonkeyPatch, name: str, step: int, fault: Answer
+) -> None:
+    async with bench(monkeypatch) as b:
+        await prepare(b, name)
+        before = b.device.state
+        b.backend.arm(step, fault)
+        try:
+            await OPERATIONS[name][0](b)
+        except BridgeError:
+            assert b.device.state in (before, State.FAILED)
+        else:
+            assert b.backend.asked is Request.GET_STATUS  # any status is a right answer
+        b.check()
+        if b.device.state is before:
+            await OPERATIONS[name][0](b)
+
+
+@pytest.mark.parametrize(("name", "step"), STEPS)
+async def test_a_lost_connection(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
+    async with bench(monkeypatch) as b:
+        await prepare(b, name)
+
+        def hang_up(got: Frame) -> None:
+            b.backend.peer.close()
+
+        b.backend.arm(step, hang_up)
+        with pytest.raises(BridgeError):
+            await OPERATIONS[name][0](b)
+        await b.device.failed.wait()
+        b.check()
+
+
+@pytest.mark.parametrize(("name", "step"), STEPS)
+async def test_a_cancelled_task(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
+    """What was begun is ended: half an operation is a stopped device."""
+    async with bench(monkeypatch) as b:
+        await prepare(b, name)
+        honest = b.backend._honest
+        with trio.CancelScope() as scope:
+
+            def cancel(got: Frame) -> bytes | None:
+                scope.cancel()
+                return honest(got)
+
+            b.backend.arm(step, cancel)
+            await OPERATIONS[name][0](b)
+            await trio.lowlevel.checkpoint()
+        assert scope.cancelled_caught
+        assert b.device.state is not State.FAILED
+        b.check()
+
+
+async def test_requests_that_finish_late_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    """The back-end answers GET_VRING_BASE first, as qemu-storage-daemon does."""
+    async with bench(monkeypatch) as b:
+        b.backend.bases[0] = USED[0] + 3
+        fd = b.regions[0].fd.fileno()
+        async with trio.open_nursery() as nursery:
+
+            async def finish() -> None:
+                await trio.sleep(2)
+                os.pwrite(fd, struct.pack("<H", USED[0] + 3), 0x12002)
+
+            nursery.start_soon(finish)
+            before = trio.current_time()
+            await b.device.suspend()
+            assert trio.current_time() >= before + 2
+        assert b.device.vrings[0].base == USED[0] + 3
+
+
+async def test_requests_that_never_finish_leave_the_device_running(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    async with bench(monkeypatch) as b:
+        b.backend.bases[1] = USED[1] + 3
+        with pytest.raises(Unsupported, match="vring 1 has 3 requests that did not finish in 5 s"):
+            await b.device.suspend()
+        assert b.device.state is State.RUNNING
+        assert b.backend.running == {0: USED[0], 1: USED[1] + 3}
+        assert signals(b.rings[1].kick) >= 1  # type: ignore[arg-type]
