@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from types import TracebackType
 
-import trio
-
 
 class OwnedFd:
     """One open file descriptor that is closed exactly once.
@@ -95,6 +93,9 @@ async def signal_eventfds(*fds: OwnedFd | None) -> None:
     """
     numbers = [fd.fileno() for fd in fds if fd is not None and not fd.closed]
     if numbers:
+        # Here, because commands that only ask a daemon start without it.
+        import trio
+
         await trio.to_thread.run_sync(
             _signal, numbers, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
         )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from vhostbridge.backends.errors import ConfigError
-from vhostbridge.backends.vdpa.inventory import Report
 from vhostbridge.backends.virtio import device_id_of, feature_names
 
 from .render import table
 from .saved import position_text
 from .status import BridgeStatus, VringStatus
+
+if TYPE_CHECKING:
+    from vhostbridge.backends.vdpa.inventory import Report
 
 
 def status_report(status: BridgeStatus) -> Report:
