@@ -241,9 +241,7 @@ async def test_requests_that_never_finish_leave_the_device_running(
     monkeypatch.setattr("vhostbridge.backends.vhostuser.device.DRAIN_SECONDS", 0.2)
     async with bench(monkeypatch) as b:
         b.backend.bases[1] = USED[1] + 3
-        with pytest.raises(
-            Unsupported, match="vring 1 has 3 requests that did"
-        ):
+        with pytest.raises(Unsupported, match="vring 1 has 3 requests that did"):
             await b.device.suspend()
         assert b.device.state is State.RUNNING
         assert b.backend.running == {0: USED[0], 1: USED[1] + 3}
