@@ -161,3 +161,24 @@ def test_load_that_is_cut_short_leaves_no_half_loaded_device(tmp_path: Path, vic
             assert bridge.command("load", state).returncode == 0
             server.wait_for_output(f"loaded {size}\n")
             assert bridge.operate("Resume") == "running"
+
+
+def test_load_whose_daemon_is_killed_leaves_nothing_loaded(tmp_path: Path) -> None:
+    """The next daemon finds the device reset, and loads it whole."""
+    state, size = tmp_path / "state", 20 * MIB
+    running = suspended(tmp_path, size, "slow")
+    bridge, server = running.__enter__()
+    bridge.command("save", state)
+    with start(bridge, "load", state) as load:
+        server.wait_for_output("loading")
+        bridge.kill()
+        _, text = load.communicate()
+    assert load.returncode == 3, text
+    with Bridge(f"vhost-user:{tmp_path / 'sock'}", listen=tmp_path / "vm.sock") as second:
+        assert "loaded " not in server.output
+        assert second.status().state == "reset"
+        assert second.command("load", state).returncode == 0
+        server.wait_for_output(f"loaded {size}\n")
+        assert second.status().state == "suspended"
+    with pytest.raises(AssertionError, match="ended with -9"):
+        running.__exit__(None, None, None)
