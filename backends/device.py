@@ -16,6 +16,7 @@ from .fds import OwnedFd
 from .lifecycle import Capabilities, State, Verb, step
 
 if TYPE_CHECKING:
+    from .dirty_log import DirtyLog
     from .state import DeviceState
 
 
@@ -346,6 +347,18 @@ class Device(ABC):
             PeerError: the back-end refused, or says that it failed.
         """
         raise Unsupported(f"{self.info.target} takes no internal state")
+
+    async def log_writes(self, log: DirtyLog | None, used: Mapping[int, int]) -> None:
+        """Mark every page that the device writes in ``log`` from now on; ``None`` ends it.
+
+        ``used`` has the vrings whose used rings are logged too, each with the guest address that
+        stands for its first byte. When it returns, a log before it is not touched any more.
+
+        Raises:
+            Unsupported: the device can't; it goes on as before.
+        """
+        if log is not None:
+            raise Unsupported(f"{self.info.target} does not log what it writes")
 
     async def send_rarp(self, mac: int) -> None:
         """Announce the guest's MAC (vhost-user SEND_RARP's payload) to the network."""

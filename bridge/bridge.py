@@ -39,6 +39,7 @@ from .endpoint import open_endpoint
 from .handlers import HANDLERS
 from .incoming import disagreements
 from .session import Session
+from .shadow import with_shadow
 from .status import BridgeStatus
 from .survey import survey
 
@@ -97,7 +98,12 @@ class Bridge:
         with self._keeping:
             while True:
                 try:
-                    async with open_device(self.config.backend, self.config.device_id) as device:
+                    async with (
+                        open_device(self.config.backend, self.config.device_id) as inner,
+                        with_shadow(
+                            inner, self.config.tracking, always=self.config.shadow
+                        ) as device,
+                    ):
                         self._keeping.shield = True
                         await self._take(device)
                         if not opened:

@@ -13,6 +13,8 @@ from vhostbridge.backends import check_backend
 from vhostbridge.backends.errors import ConfigError
 from vhostbridge.backends.virtio import device_id_of
 
+from .tracking import Tracking
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 _KEYS = {
     "name": str,
@@ -22,6 +24,8 @@ _KEYS = {
     "backend": str,
     "socket-mode": str,
     "type": str,
+    "dirty-log": str,
+    "shadow": bool,
 }
 
 
@@ -32,6 +36,8 @@ class BridgeConfig:
     Attributes:
         device_id: the virtio device type of a vhost-user back-end, which nothing else tells.
         incoming: a file with a state to load before the first front-end comes; "-" for stdin.
+        tracking: by what means a migrating front-end is told what the device wrote.
+        shadow: requests always pass through shadow vrings.
 
     Raises:
         ConfigError: on construction, when something is missing, too much or malformed.
@@ -45,6 +51,8 @@ class BridgeConfig:
     socket_mode: int = 0o600
     device_id: int | None = None
     incoming: str | None = None
+    tracking: Tracking = Tracking.AUTO
+    shadow: bool = False
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -91,6 +99,19 @@ def parse_mode(text: str) -> int:
     if not re.fullmatch(r"0?[0-7]{3}", text):
         raise ConfigError(f"{text!r} is no socket mode", "three octal digits, such as 0660")
     return int(text, 8)
+
+
+def parse_tracking(text: str) -> Tracking:
+    """The means of dirty logging by its name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    try:
+        return Tracking(text)
+    except ValueError:
+        names = ", ".join(t.value for t in Tracking)
+        raise ConfigError(f"{text!r} is no way to log writes", f"one of {names}") from None
 
 
 def load_config(path: Path) -> DaemonConfig:
@@ -144,6 +165,8 @@ def _bridge(path: Path, number: int, table: object) -> BridgeConfig:
             fd=table.get("fd"),
             socket_mode=parse_mode(table.get("socket-mode", "600")),
             device_id=device_id_of(table["type"]) if "type" in table else None,
+            tracking=parse_tracking(table.get("dirty-log", "auto")),
+            shadow=table.get("shadow", False),
         )
     except ConfigError as error:
         raise ConfigError(f"{where}: {error.message}", error.hint) from None

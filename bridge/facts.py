@@ -16,7 +16,7 @@ from vhostbridge.backends.vhostuser.messages import ProtocolFeature
 from vhostbridge.backends.virtio import DeviceId, FsFeature, describe_vring, feature_names
 from vhostbridge.backends.virtio_config import ConfigValue
 
-from .offer import HIDDEN, offered_protocol
+from .offer import HIDDEN
 
 
 def flag_names(flags: int, known: Mapping[str, int]) -> list[str]:
@@ -93,15 +93,13 @@ def capabilities_report(capabilities: Capabilities) -> dict[str, dict[str, str]]
 def obstacles(info: DeviceInfo, capabilities: Capabilities) -> dict[str, list[str]]:
     """Why the device can't be suspended, resumed, saved, loaded or migrated; absent where it can.
 
-    ``migrate`` is migration by the VMM, which needs dirty logging offered to the front-end.
+    ``migrate`` is migration by the VMM, which needs dirty logging too.
     """
     verbs = ("suspend", "resume", "save", "load")
     found = {verb: [ability.why] for verb in verbs if not (ability := getattr(capabilities, verb))}
     migrate = [f"{verb}: {why}" for verb in ("save", "load") for why in found.get(verb, ())]
     if not capabilities.dirty_log:
         migrate.append(f"dirty logging: {capabilities.dirty_log.why}")
-    elif ProtocolFeature.LOG_SHMFD not in offered_protocol(info):
-        migrate.append("dirty logging: the bridge does not offer it to the VMM yet (LOG_SHMFD)")
     if migrate:
         found["migrate"] = migrate
     return found

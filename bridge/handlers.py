@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import trio
 
+from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, is_eventfd
 from vhostbridge.backends.lifecycle import State, Status
@@ -20,6 +21,7 @@ from vhostbridge.backends.vhostuser.codec import Message
 from vhostbridge.backends.vhostuser.messages import (
     U64,
     Config,
+    Log,
     MemReg,
     MemTable,
     Payload,
@@ -36,6 +38,8 @@ from .memory import guest_region, table_of
 from .offer import check_features, offered_features, offered_protocol
 from .session import Handler, Session
 from .vring import FrontendVring
+
+_LOG_ALL = TransportFeature.LOG_ALL.mask
 
 
 def _u64(message: Message) -> int:
@@ -58,12 +62,19 @@ async def get_features(session: Session, message: Message) -> Payload:
 async def set_features(session: Session, message: Message) -> None:
     features = _u64(message)
     check_features(session.device.info, features)
-    if features != session.features and any(v.running for v in session.vrings.values()):
+    changed = (features ^ session.features) & ~_LOG_ALL
+    if changed and any(v.running for v in session.vrings.values()):
         raise PeerError("the front-end changes features while the device runs")
     if session.features and (features ^ session.features) & TransportFeature.RING_PACKED.mask:
         for vring in session.vrings.values():
             vring.forget_layout()
-    session.features = features
+    before, session.features = session.features, features
+    if (features ^ before) & _LOG_ALL:
+        try:
+            await session.update_log(session.log_to)
+        except BridgeError:
+            session.features = before
+            raise
     if not features & TransportFeature.PROTOCOL_FEATURES.mask:
         for vring in session.vrings.values():
             vring.enabled = True
@@ -132,6 +143,21 @@ async def add_mem_reg(session: Session, message: Message) -> None:
     message.fds.clear()
 
 
+async def set_log_base(session: Session, message: Message) -> Payload:
+    place = message.payload
+    assert isinstance(place, Log)
+    if not message.fds:
+        raise PeerError("SET_LOG_BASE came without a file descriptor")
+    log = DirtyLog(message.fds[0], place.offset, place.size)
+    message.fds.clear()
+    try:
+        await session.update_log(log)
+    except BaseException:
+        log.close()
+        raise
+    return U64(0)
+
+
 async def rem_mem_reg(session: Session, message: Message) -> None:
     assert isinstance(message.payload, MemReg)
     await session.set_memory(session.memory.without(message.payload.region))
@@ -176,7 +202,9 @@ async def set_vring_addr(session: Session, message: Message) -> None:
         if len(session.memory):
             vring.setup(session.memory, session.packed)
         # The same addresses come again when logging is switched; other ones need a pause.
-        if vring.running and before != address:
+        if (None if before is None else before.log_place) != address.log_place:
+            await session.update_log(session.log_to)
+        if vring.running and before is not None and before.areas != address.areas:
             await session.device.suspend()
     except BridgeError:
         vring.address = before
@@ -309,6 +337,7 @@ HANDLERS: Mapping[int, Handler] = MappingProxyType(
         Request.SET_OWNER: nothing,
         Request.RESET_OWNER: nothing,
         Request.SET_MEM_TABLE: set_mem_table,
+        Request.SET_LOG_BASE: set_log_base,
         Request.SET_VRING_NUM: set_vring_num,
         Request.SET_VRING_ADDR: set_vring_addr,
         Request.SET_VRING_BASE: set_vring_base,

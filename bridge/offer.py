@@ -8,7 +8,7 @@ from types import MappingProxyType
 from vhostbridge.backends.device import DeviceInfo
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
-from vhostbridge.backends.virtio import TransportFeature, feature_names
+from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature, feature_names
 
 _NEITHER = "neither vhost-user nor vhost-vdpa has a way to do it"
 
@@ -16,7 +16,6 @@ _NEITHER = "neither vhost-user nor vhost-vdpa has a way to do it"
 HIDDEN: Mapping[TransportFeature, str] = MappingProxyType(
     {
         TransportFeature.NOTIFY_ON_EMPTY: "legacy",
-        TransportFeature.LOG_ALL: "belongs to vhost, not to the device",
         TransportFeature.PROTOCOL_FEATURES: "belongs to vhost-user, not to the device",
         TransportFeature.ACCESS_PLATFORM: "the bridge's own business: it maps guest memory so "
         "that device addresses are guest addresses",
@@ -33,7 +32,7 @@ _HIDDEN_MASK = sum(feature.mask for feature in HIDDEN)
 
 def offered_features(info: DeviceInfo) -> int:
     """The answer to GET_FEATURES."""
-    return info.features & ~_HIDDEN_MASK | TransportFeature.PROTOCOL_FEATURES.mask
+    return info.features & ~_HIDDEN_MASK | VHOST_ONLY_FEATURES
 
 
 def offered_protocol(info: DeviceInfo) -> ProtocolFeature:
@@ -46,6 +45,7 @@ def offered_protocol(info: DeviceInfo) -> ProtocolFeature:
         | ProtocolFeature.RESET_DEVICE
         | ProtocolFeature.CONFIGURE_MEM_SLOTS
         | ProtocolFeature.STATUS
+        | ProtocolFeature.LOG_SHMFD
     )
     if info.config_size:
         offer |= ProtocolFeature.CONFIG

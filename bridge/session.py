@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from vhostbridge.backends.device import Device, VringSetup
+from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
 from vhostbridge.backends.fds import close_all
 from vhostbridge.backends.lifecycle import State, Status
@@ -29,7 +30,7 @@ from vhostbridge.backends.vhostuser.messages import (
     Request,
 )
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
-from vhostbridge.backends.virtio import TransportFeature
+from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature
 
 from .incoming import arriving, compare_features
 from .memory import MemoryTable
@@ -82,6 +83,8 @@ class Session:
         self.protocol = ProtocolFeature(0)
         self.status = 0
         self.memory = MemoryTable()
+        #: Where the front-end wants writes to be logged, while LOG_ALL is acknowledged.
+        self.log_to: DirtyLog | None = None
         self.vrings: dict[int, FrontendVring] = {}
         #: Towards the front-end, from SET_BACKEND_REQ_FD.
         self.reverse: Channel | None = None
@@ -296,7 +299,7 @@ class Session:
         vrings = [v for v in self.vrings.values() if v.running or (v.ready and may_start)]
         if not vrings:
             return
-        features = self.features & ~TransportFeature.PROTOCOL_FEATURES.mask
+        features = self.features & ~VHOST_ONLY_FEATURES
         if self.incoming is not None:
             compare_features(self.incoming, features)
         setups = [self._setup(v) for v in vrings]
@@ -381,6 +384,29 @@ class Session:
         old, self.memory = self.memory, table
         old.close_unused(table)
 
+    # The dirty log
+
+    async def update_log(self, log: DirtyLog | None) -> None:
+        """Bring logging in step with LOG_ALL and the vrings' addresses, with ``log`` as the log.
+
+        Raises:
+            BridgeError: the device does not log, or the log is too small; nothing changed.
+        """
+        wanted = bool(self.features & TransportFeature.LOG_ALL.mask)
+        if wanted and log is not None and not log.covers(self.memory.regions):
+            raise PeerError(
+                f"the dirty log of {log.size} bytes is too small for the guest's memory"
+            )
+        used = {
+            vring.index: place
+            for vring in self.vrings.values()
+            if vring.address is not None and (place := vring.address.log_place) is not None
+        }
+        await self.device.log_writes(log if wanted else None, used)
+        old, self.log_to = self.log_to, log
+        if old is not None and old is not log:
+            old.close()
+
     # Configuration changes
 
     async def _notify_config_changes(self) -> None:
@@ -405,6 +431,10 @@ class Session:
             self.device.fail(str(error))
             self.log.error("%s: could not reset the device: %s", self.name, error)
         finally:
+            with suppress(BridgeError):
+                await self.device.log_writes(None, {})
+            if self.log_to is not None:
+                self.log_to.close()
             for vring in self.vrings.values():
                 vring.close()
             close_all(region.fd for region in self.memory.regions)

@@ -56,6 +56,20 @@ if TYPE_CHECKING:
     "as it was saved.",
 )
 @click.option(
+    "--dirty-log",
+    metavar="HOW",
+    help="How a VMM that migrates is told which memory the device wrote: auto (the device itself, "
+    "or shadow vrings), shadow (always those), all (all memory, when the VM stops) or refuse.  "
+    "[default: auto]",
+)
+@click.option(
+    "--shadow",
+    is_flag=True,
+    default=None,
+    help="Let requests always pass through shadow vrings: slower, but the bridge then knows which "
+    "ones are in flight, whatever becomes of the back-end.",
+)
+@click.option(
     "--socket-mode",
     metavar="MODE",
     help="Permissions of the --listen socket, octal; connecting needs write permission.  "
@@ -87,6 +101,8 @@ def serve(
     backend: str | None,
     device_type: str | None,
     incoming: str | None,
+    dirty_log: str | None,
+    shadow: bool | None,
     socket_mode: str | None,
     config_file: Path | None,
     control: Path | None,
@@ -134,6 +150,8 @@ def serve(
         "--backend": backend,
         "--type": device_type,
         "--incoming": incoming,
+        "--dirty-log": dirty_log,
+        "--shadow": shadow,
         "--socket-mode": socket_mode,
     }
     if control is not None and no_control:
@@ -165,6 +183,7 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
         DaemonConfig,
         load_config,
         parse_mode,
+        parse_tracking,
         usual_control,
     )
 
@@ -193,6 +212,8 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
         socket_mode=parse_mode(mode or "600"),
         device_id=device_id_of(single["--type"]) if single["--type"] else None,
         incoming=single["--incoming"],
+        tracking=parse_tracking(single["--dirty-log"] or "auto"),
+        shadow=bool(single["--shadow"]),
     )
     return DaemonConfig(bridges=[bridge], control=usual_control(bridge.name))
 

@@ -6,60 +6,16 @@ an INVALIDATE drops every entry it touches, so entries are kept one per region a
 
 from __future__ import annotations
 
-import os
 import resource
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from vhostbridge.backends.device import MemoryRegion
 from vhostbridge.backends.errors import BridgeError, KernelRefused, PeerError, Unsupported
-from vhostbridge.native import lib
+from vhostbridge.backends.mapping import PAGE, Mapping, map_region, unmap
 
 from .chardev import Chardev
-
-PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
-@dataclass(frozen=True, slots=True)
-class Mapping:
-    """A region as we mapped it: ``address`` is the user address of its first byte.
-
-    ``size`` is the region's, rounded up to whole pages (libblkio's ring region is not page-sized).
-    """
-
-    key: tuple[int, int, int, int, int]
-    iova: int
-    size: int
-    address: int
-    map_address: int
-    map_length: int
-
-
-def map_region(region: MemoryRegion) -> Mapping:
-    """Map a region shared and read-write into this process.
-
-    Raises:
-        PeerError: its file is too short for it: touching the rest would be a bus error.
-        KernelRefused: mmap failed.
-    """
-    status = os.fstat(region.fd.fileno())
-    if region.offset + region.size > status.st_size:
-        raise PeerError(
-            f"guest memory at {region.guest_address:#x} needs {region.offset + region.size} bytes "
-            f"of its file, which has {status.st_size}"
-        )
-    # A hugetlbfs file is mapped in its own page size, which is its st_blksize.
-    page = max(PAGE, status.st_blksize) if status.st_blksize % PAGE == 0 else PAGE
-    start = region.offset // page * page
-    length = -(-(region.offset + region.size - start) // page) * page
-    address = lib.vb_map_shared(length, region.fd.fileno(), start)
-    if address < 0:
-        raise KernelRefused(f"mapping guest memory at {region.guest_address:#x}", -address)
-    size = -(-region.size // PAGE) * PAGE
-    first = address + region.offset - start
-    return Mapping(region.key, region.guest_address, size, first, address, length)
 
 
 def check_regions(regions: Sequence[MemoryRegion], first: int, last: int) -> None:
@@ -109,13 +65,13 @@ class GuestMemory:
                     new.append(map_region(region))
             self._change(gone, new)
         except BridgeError:
-            _unmap(new)
+            unmap(new)
             raise
         for mapping in gone:
             del self._mappings[mapping.key]
         self._mappings.update((m.key, m) for m in new)
         self.regions = regions
-        _unmap(gone)
+        unmap(gone)
 
     def needs_removal(self, regions: Sequence[MemoryRegion]) -> bool:
         """Whether ``update(regions)`` would take memory away."""
@@ -129,7 +85,7 @@ class GuestMemory:
 
     def close(self) -> None:
         """Unmap everything; the device must be closed already."""
-        _unmap(self._mappings.values())
+        unmap(self._mappings.values())
         self._mappings.clear()
 
     # Entries out, entries in, in one batch where the kernel has it. On failure entries go back.
@@ -168,11 +124,6 @@ class GuestMemory:
                 "set LimitMEMLOCK=infinity in the unit, or ulimit -l unlimited",
             )
         return error
-
-
-def _unmap(mappings: Iterable[Mapping]) -> None:
-    for mapping in mappings:
-        lib.vb_unmap(mapping.map_address, mapping.map_length)
 
 
 def _pinned_bytes() -> int:

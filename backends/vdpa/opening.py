@@ -59,7 +59,7 @@ def _capabilities(features: BackendFeature) -> Capabilities:
         save=Ability(How.NATIVE, "vring positions; vhost-vdpa has no other state to give"),
         load=Ability(How.EMULATED, "programmed from the state at the front-end's start"),
         inflight=Ability(How.NO, "vhost-vdpa has no in-flight interface; requests are drained"),
-        dirty_log=Ability(How.NO, "vhost-vdpa has no dirty log"),
+        dirty_log=Ability(How.EMULATED, "shadow vrings: vhost-vdpa has no dirty log"),
         memory_hotplug=Ability(How.NATIVE, "IOTLB update while running")
         if can_resume
         else Ability(How.NATIVE, "IOTLB update while running; removal does not pause the device"),

@@ -29,6 +29,7 @@ _WANTED = (
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
     | ProtocolFeature.DEVICE_STATE
+    | ProtocolFeature.LOG_SHMFD
 )
 
 # The protocol counts a ring index in 8 bits.
@@ -172,7 +173,7 @@ def _capabilities(offered: ProtocolFeature) -> Capabilities:
         else Ability(How.NO, "the back-end does not offer INFLIGHT_SHMFD"),
         dirty_log=Ability(native, "LOG_SHMFD")
         if ProtocolFeature.LOG_SHMFD in offered
-        else Ability(How.NO, "the back-end does not offer LOG_SHMFD"),
+        else Ability(How.EMULATED, "shadow vrings: the back-end does not offer LOG_SHMFD"),
         memory_hotplug=Ability(native, "CONFIGURE_MEM_SLOTS")
         if ProtocolFeature.CONFIGURE_MEM_SLOTS in offered
         else Ability(How.EMULATED, f"the whole table is sent again, {MAX_REGIONS} regions at most"),

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import trio
 
 from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup, whole
+from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
 from vhostbridge.backends.lifecycle import Capabilities, State, Status, Verb, step
@@ -21,8 +22,10 @@ from vhostbridge.backends.virtio import TransportFeature
 
 from .client import Client
 from .messages import (
+    LOG_USED,
     U64,
     Config,
+    Log,
     MemReg,
     MemTable,
     ProtocolFeature,
@@ -35,6 +38,7 @@ from .messages import (
 from .transfer import LOAD, SAVE, transfer
 
 _PF_BIT = TransportFeature.PROTOCOL_FEATURES.mask
+_LOG_BIT = TransportFeature.LOG_ALL.mask
 
 #: Whose internal state it is where the kernel doesn't tell which program a back-end is.
 UNKNOWN_OWNER = "an unknown back-end"
@@ -70,6 +74,8 @@ class VhostUserDevice(Device):
         # Where vrings stopped; each with its base.
         self._stopped: dict[int, VringSetup] = {}
         self._config_changed = False
+        self._logging = False
+        self._used_logs: dict[int, int] = {}
         # The call eventfd of vrings that are stopping: nobody listens.
         self._deaf = new_eventfd()
         # How many bytes of configuration space are known to be there.
@@ -237,6 +243,7 @@ class VhostUserDevice(Device):
 
     async def _set_features(self, features: int) -> None:
         word = features | (_PF_BIT if self._has_protocol else 0)
+        word |= _LOG_BIT if self._logging else 0
         await self._client.request(Request.SET_FEATURES, U64(word))
         self.features = features
 
@@ -262,10 +269,9 @@ class VhostUserDevice(Device):
     async def _program(self, vring: VringSetup) -> None:
         request = self._client.request
         index = vring.index
-        areas = (vring.descriptor_area, vring.device_area, vring.driver_area)
         await request(Request.SET_VRING_NUM, VringState(index, vring.size))
         await request(Request.SET_VRING_BASE, VringState(index, vring.base or 0))
-        await request(Request.SET_VRING_ADDR, VringAddr(index, 0, *areas, 0))
+        await request(Request.SET_VRING_ADDR, self._address(vring))
         if vring.err is not None:
             await self._send_fd(Request.SET_VRING_ERR, index, vring.err)
         await self._send_fd(Request.SET_VRING_CALL, index, vring.call)
@@ -273,6 +279,11 @@ class VhostUserDevice(Device):
         self._rings[index] = vring
         self._stopped.pop(index, None)
         await self._send_fd(Request.SET_VRING_KICK, index, vring.kick)
+
+    def _address(self, vring: VringSetup) -> VringAddr:
+        areas = (vring.descriptor_area, vring.device_area, vring.driver_area)
+        log = self._used_logs.get(vring.index)
+        return VringAddr(vring.index, 0 if log is None else LOG_USED, *areas, log or 0)
 
     async def _send_fd(self, request: Request, index: int, fd: OwnedFd | None) -> None:
         fds = [] if fd is None else [fd]
@@ -354,6 +365,26 @@ class VhostUserDevice(Device):
         self._stopped.clear()
         self.features = 0
         self._enter(Verb.RESET)
+
+    # In QEMU's order. What was logged last is the front-end's to keep.
+    @whole
+    async def log_writes(self, log: DirtyLog | None, used: Mapping[int, int]) -> None:
+        if log is None and not self._logging:
+            return
+        if not self._has(ProtocolFeature.LOG_SHMFD):
+            raise Unsupported(f"back-end {self.info.target} does not offer LOG_SHMFD")
+        if log is not None:
+            place = Log(log.size, log.offset)
+            await self._client.request(Request.SET_LOG_BASE, place, [log.fd])
+        before, self._logging = self._logging, log is not None
+        old, self._used_logs = self._used_logs, dict(used) if log is not None else {}
+        if self._rings and before != self._logging:
+            await self._set_features(self.features)
+        for vring in self._rings.values():
+            if old.get(vring.index) != self._used_logs.get(vring.index):
+                await self._client.request(Request.SET_VRING_ADDR, self._address(vring))
+        if not self._has(ProtocolFeature.REPLY_ACK):
+            await self._barrier()
 
     # State
 

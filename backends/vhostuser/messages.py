@@ -19,6 +19,10 @@ MAX_CONFIG = 256
 MAX_PAYLOAD = 4096
 
 
+#: SET_VRING_ADDR: writes to the used ring are logged.
+LOG_USED = 0x1
+
+
 class Flags(IntFlag):
     """The header's flag word."""
 
@@ -176,6 +180,16 @@ class VringAddr(_Fixed):
     used: int
     avail: int
     log: int
+
+    @property
+    def areas(self) -> tuple[int, int, int]:
+        """Where the ring is, wherever it is logged."""
+        return (self.descriptor, self.avail, self.used)
+
+    @property
+    def log_place(self) -> int | None:
+        """The guest address that stands for the used ring in the log; ``None``: not logged."""
+        return self.log if self.flags & LOG_USED else None
 
 
 @dataclass(frozen=True, slots=True)

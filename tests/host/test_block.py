@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,17 @@ from tests.peers.bridge import Bridge
 from tests.peers.storage import StorageDaemon, make_image
 
 MIB = 1 << 20
+
+
+@pytest.fixture(params=["direct", "shadow"])
+def bridge(disk: StorageDaemon, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bridge]:
+    """A bridge in front of `disk`, whose requests go straight or through shadow vrings."""
+    options = ["--shadow"] if request.param == "shadow" else []
+    backend = f"vhost-user:{disk.socket}"
+    with Bridge(backend, listen=tmp_path / "vm.sock", arguments=options) as running:
+        yield running
+
+
 QUICK = {"size": 4 * MIB, "seed": 7}
 
 

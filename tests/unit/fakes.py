@@ -20,6 +20,7 @@ from vhostbridge.backends.fds import OwnedFd, signal_eventfds
 from vhostbridge.backends.lifecycle import Ability, Capabilities, How, State, Verb, step
 
 RING_PACKED = 1 << 34
+LOG_ALL = 1 << 26
 VERSION_1 = 1 << 32
 PROTOCOL_FEATURES = 1 << 30
 #: VERSION_1, EVENT_IDX, INDIRECT_DESC, packed rings, and the low block and net bits.

@@ -42,6 +42,7 @@ OFFER = (
     | PF.CONFIGURE_MEM_SLOTS
     | PF.STATUS
     | PF.CONFIG
+    | PF.LOG_SHMFD
 )
 #: A split ring's features, as QEMU acks them, and what of them reaches the device.
 FEATURES = DEVICE_FEATURES & ~(1 << 34) | PROTOCOL_FEATURES

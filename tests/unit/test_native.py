@@ -69,7 +69,8 @@ FEATURE_BITS = {
 def test_every_constant_and_struct_can_be_touched() -> None:
     names = [name for name in dir(lib) if not callable(getattr(lib, name))]
     assert set(IOCTLS) <= set(names)
-    assert all(ffi.sizeof(f"struct {name}") > 0 for name in ffi.list_types()[1])
+    opaque = {"vb_shadow"}
+    assert all(ffi.sizeof(f"struct {name}") > 0 for name in {*ffi.list_types()[1]} - opaque)
 
 
 @pytest.mark.parametrize(("name", "number"), IOCTLS.items())

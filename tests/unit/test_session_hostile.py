@@ -185,9 +185,8 @@ LIES = {
     "features not offered": Lie(
         R.SET_FEATURES, u64(FEATURES | 1 << 33), "fake:0 was not offering: ACCESS_PLATFORM"
     ),
-    "LOG_ALL not offered": Lie(R.SET_FEATURES, u64(FEATURES | 1 << 26), "LOG_ALL"),
     "protocol features not offered": Lie(
-        R.SET_PROTOCOL_FEATURES, u64(OFFER | PF.LOG_SHMFD), "that were not offered: <Protocol"
+        R.SET_PROTOCOL_FEATURES, u64(OFFER | PF.PAGEFAULT), "that were not offered: <Protocol"
     ),
     "protocol features unknown": Lie(
         R.SET_PROTOCOL_FEATURES, u64(OFFER | 1 << 63), "acks protocol features that were not"

@@ -9,6 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from tests.unit.fakes import (
+    LOG_ALL,
     RING_PACKED,
     FakeDevice,
     Frame,
@@ -40,7 +41,7 @@ CONFIG_57 = struct.pack("=III", 0, 57, 0) + bytes(57)
 
 
 async def qemu_connects(vm: FrontEnd) -> None:
-    assert await vm.ask(R.GET_FEATURES) == u64(FEATURES | RING_PACKED)
+    assert await vm.ask(R.GET_FEATURES) == u64(FEATURES | RING_PACKED | LOG_ALL)
     assert await vm.ask(R.GET_PROTOCOL_FEATURES) == u64(OFFER)
     await vm.send(R.SET_PROTOCOL_FEATURES, u64(OFFER))
     assert await vm.ask(R.GET_QUEUE_NUM) == u64(4)

@@ -1,0 +1,86 @@
+"""The log of dirty pages that a front-end shares during a migration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from types import TracebackType
+
+from vhostbridge.native import ffi, lib
+
+from .device import MemoryRegion
+from .errors import KernelRefused, PeerError
+from .fds import OwnedFd
+
+#: Bytes of guest memory that one bit stands for.
+LOG_PAGE = 4096
+
+
+class DirtyLog:
+    """One bit a page of 4 KiB from guest address 0 on, lowest bit of a byte first.
+
+    The front-end takes bits out while they are set, so they are set atomically. It owns its
+    descriptor and its mapping; whoever marks pages through ``address`` stops before ``close``.
+
+    Raises:
+        PeerError: on construction, when the file is too short or there is nothing to log to.
+    """
+
+    def __init__(self, fd: OwnedFd, offset: int, size: int) -> None:
+        end = os.fstat(fd.fileno()).st_size
+        if size == 0 or offset + size > end:
+            raise PeerError(
+                f"the dirty log has {size} bytes from {offset} on in a file of {end}",
+                "the front-end announced more than it shares",
+            )
+        mapped = lib.vb_map_shared(offset + size, fd.fileno(), 0)
+        if mapped < 0:
+            raise KernelRefused("mapping the dirty log", -mapped)
+        self.fd = fd
+        self.offset = offset
+        self.size = size
+        self._mapped = mapped
+
+    @property
+    def pointer(self) -> object:
+        """Where it is mapped, for C."""
+        return ffi.cast("uint8_t *", self._mapped + self.offset)
+
+    def covers(self, regions: Iterable[MemoryRegion]) -> bool:
+        """Whether every page of the regions has a bit."""
+        return all(region.end <= self.size * 8 * LOG_PAGE for region in regions)
+
+    def mark_all(self, regions: Iterable[MemoryRegion]) -> None:
+        """Mark every page of the regions; those that share a byte with them too.
+
+        It goes through the file: what a front-end made shorter would be a bus error in memory.
+
+        Raises:
+            PeerError: the front-end made the log shorter.
+        """
+        for region in regions:
+            first = region.guest_address // LOG_PAGE // 8
+            last = min((region.end - 1) // LOG_PAGE // 8, self.size - 1)
+            while first <= last:
+                piece = b"\xff" * min(last + 1 - first, 1 << 20)
+                written = os.pwrite(self.fd.fileno(), piece, self.offset + first)
+                first += written
+        if os.fstat(self.fd.fileno()).st_size < self.offset + self.size:
+            raise PeerError("the front-end made the dirty log shorter while it was in use")
+
+    def close(self) -> None:
+        """Unmap it and close the descriptor. Idempotent."""
+        if not self.fd.closed:
+            lib.vb_unmap(self._mapped, self.offset + self.size)
+            self.fd.close()
+
+    def __enter__(self) -> DirtyLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

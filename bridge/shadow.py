@@ -1,0 +1,432 @@
+"""A device whose requests can be made to pass through shadow vrings, and what that is good for:
+a dirty log where the device has none."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import replace
+from types import MappingProxyType
+
+import trio
+
+from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup, whole
+from vhostbridge.backends.dirty_log import DirtyLog
+from vhostbridge.backends.errors import BridgeError, Unsupported
+from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
+from vhostbridge.backends.lifecycle import Capabilities, How, State
+from vhostbridge.backends.mapping import unmap
+from vhostbridge.backends.state import DeviceState
+
+from .shadow_rings import GuestMap, ShadowRings, memory_size
+from .tracking import Tracking, able
+
+_log = logging.getLogger("vhostbridge.shadow")
+
+# Shadow vrings lie as high as the device reaches, but below this: guests have no memory there,
+# and front-ends whose guest addresses are their own user addresses have theirs above.
+_CEILING = 1 << 46
+
+
+class ShadowDevice(Device):
+    """A device that takes its vrings straight from the guest, or through shadow vrings.
+
+    To its user it is the device itself: the same states, vrings, memory and failure.
+    """
+
+    def __init__(
+        self, inner: Device, tracking: Tracking = Tracking.AUTO, *, always: bool = False
+    ) -> None:
+        self._inner = inner
+        self._tracking = tracking
+        self.transport = inner.transport
+        self.info: DeviceInfo = replace(inner.info, region_max=max(1, inner.info.region_max - 1))
+        self.capabilities: Capabilities = able(inner, tracking)
+        self._memory: Sequence[MemoryRegion] = ()
+        self._map = GuestMap()
+        # Whether requests shall pass through shadow vrings when they pass next.
+        self._always = self._shadowed = always
+        self._features = 0
+        # The guest's vrings while they pass through shadow ones, and after, until they go straight.
+        self._guest: Mapping[int, VringSetup] | None = None
+        self._rings: ShadowRings | None = None
+        # Readable when a vring broke.
+        self._broken = new_eventfd()
+        # The vrings that run, or ran until the device was suspended.
+        self._running: frozenset[int] = frozenset()
+        self._dirty: DirtyLog | None = None
+        self._used_logs: Mapping[int, int] = {}
+        # Whether all memory is to be marked whenever the device stops.
+        self._mark_all = False
+
+    # What is the device's own
+
+    @property
+    def state(self) -> State:
+        return self._inner.state
+
+    @state.setter
+    def state(self, value: State) -> None:
+        self._inner.state = value
+
+    @property
+    def failure(self) -> str:
+        return self._inner.failure
+
+    @failure.setter
+    def failure(self, value: str) -> None:
+        self._inner.failure = value
+
+    @property
+    def failed(self) -> trio.Event:
+        return self._inner.failed
+
+    @failed.setter
+    def failed(self, value: trio.Event) -> None:
+        self._inner.failed = value
+
+    @property
+    def features(self) -> int:
+        return self._inner.features if self._guest is None else self._features
+
+    @features.setter
+    def features(self, value: int) -> None:
+        self._features = value
+
+    @property
+    def on_config_change(self) -> Callable[[], None]:
+        return self._inner.on_config_change
+
+    @on_config_change.setter
+    def on_config_change(self, value: Callable[[], None]) -> None:
+        self._inner.on_config_change = value
+
+    @property
+    def vrings(self) -> Mapping[int, VringSetup]:
+        return self._inner.vrings if self._guest is None else MappingProxyType(self._guest)
+
+    @property
+    def shadowed(self) -> bool:
+        """Whether requests pass through shadow vrings now."""
+        return self._rings is not None
+
+    @property
+    def internal_owner(self) -> str | None:
+        return self._inner.internal_owner
+
+    def internal_source(self) -> AbstractAsyncContextManager[OwnedFd]:
+        return self._inner.internal_source()
+
+    def internal_sink(self) -> AbstractAsyncContextManager[OwnedFd]:
+        return self._inner.internal_sink()
+
+    async def read_config(self, offset: int, size: int) -> bytes:
+        return await self._inner.read_config(offset, size)
+
+    async def full_config(self) -> bytes:
+        return await self._inner.full_config()
+
+    async def write_config(self, offset: int, data: bytes, flags: int) -> None:
+        await self._inner.write_config(offset, data, flags)
+
+    async def send_rarp(self, mac: int) -> None:
+        await self._inner.send_rarp(mac)
+
+    async def set_mtu(self, mtu: int) -> None:
+        await self._inner.set_mtu(mtu)
+
+    # Memory
+
+    @whole
+    async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
+        rings = self._rings
+        if rings is not None and not self._keeps_vrings(regions, rings):
+            await self.suspend()
+            rings = None
+        if rings is None:
+            await self._inner.set_memory(regions)
+            self._memory = regions
+            return
+        await self._inner.set_memory([*regions, rings.region])
+        gone = self._map.update(regions)
+        await trio.to_thread.run_sync(rings.set_memory, self._map)
+        unmap(gone)
+        self._memory = regions
+
+    # Whether shadow vrings can go on as they are with other memory.
+    def _keeps_vrings(self, regions: Sequence[MemoryRegion], rings: ShadowRings) -> bool:
+        removed = {r.key for r in self._memory} - {r.key for r in regions}
+        return not removed and all(
+            r.end <= rings.region.guest_address or rings.region.end <= r.guest_address
+            for r in regions
+        )
+
+    # Life
+
+    @whole
+    async def run(self, features: int, vrings: Sequence[VringSetup]) -> None:
+        running = frozenset(vring.index for vring in vrings)
+        if not self._shadowed and self._guest is None:
+            await self._inner.run(features, vrings)
+            self._running = running
+            return
+        wanted = [self._with_base(vring) for vring in vrings]
+        ran = self.state is State.RUNNING
+        if ran:
+            await self.suspend()
+            wanted = [self._with_base(vring) for vring in vrings]
+        before = (self.features, list(self.vrings.values()))
+        try:
+            await self._go(features, wanted)
+        except BridgeError as error:
+            if ran:
+                await self._go_back(*before, error)
+            raise
+        self._running = running
+
+    def _with_base(self, vring: VringSetup) -> VringSetup:
+        if vring.base is not None or vring.index not in self.vrings:
+            return vring
+        return replace(vring, base=self.vrings[vring.index].base)
+
+    async def _go_back(
+        self, features: int, vrings: Sequence[VringSetup], error: BridgeError
+    ) -> None:
+        try:
+            await self._go(features, vrings)
+        except BridgeError as second:
+            self.fail(f"{error}; going back failed too: {second}")
+
+    async def _go(self, features: int, vrings: Sequence[VringSetup]) -> None:
+        if self._shadowed:
+            await self._go_through(features, vrings)
+            return
+        await self._drop_rings()
+        await self._inner.run(features, vrings)
+        self._guest = None
+
+    async def _go_through(self, features: int, vrings: Sequence[VringSetup]) -> None:
+        await self._drop_rings()
+        self._map.update(self._memory)
+        iova = self._window(memory_size(features, vrings))
+        rings = await trio.to_thread.run_sync(
+            ShadowRings, features, vrings, self._map, iova, self._broken
+        )
+        try:
+            rings.set_log(self._dirty, self._used_logs)
+            await self._inner.set_memory([*self._memory, rings.region])
+            await self._inner.run(rings.features, rings.setups)
+            rings.start()
+        except BaseException:
+            with trio.CancelScope(shield=True), suppress(BridgeError):
+                if self.state is State.RUNNING:
+                    await self._inner.suspend()
+                await self._inner.set_memory(self._memory)
+            rings.close()
+            raise
+        self._rings, self._guest, self._features = rings, dict(rings.vrings), features
+        await signal_eventfds(*(vring.call for vring in vrings))
+
+    # The highest place that no guest memory overlaps.
+    def _window(self, size: int) -> int:
+        end = min(self.info.iova_last + 1, _CEILING) & ~0xFFFF
+        for region in sorted(self._memory, key=lambda r: -r.guest_address):
+            if region.guest_address < end and region.end > end - size:
+                end = region.guest_address & ~0xFFFF
+        if end - size < self.info.iova_first:
+            raise Unsupported(
+                f"{self.info.target} has no addresses left for shadow vrings beside guest memory"
+            )
+        return (end - size) & ~0xFFFF
+
+    # The device stands still and is about to get other vrings.
+    async def _drop_rings(self) -> None:
+        if self._rings is not None:
+            await self._end_rings()
+        self._map.close()
+
+    async def _end_rings(self) -> None:
+        rings, self._rings = self._rings, None
+        assert rings is not None
+        try:
+            if self.state not in (State.FAILED, State.CLOSED):
+                await self._inner.set_memory(self._memory)
+        finally:
+            await trio.to_thread.run_sync(rings.close)
+            self._map.close()
+
+    @whole
+    async def suspend(self) -> None:
+        rings = self._rings
+        if rings is None:
+            await self._inner.suspend()
+        else:
+            await self._suspend_rings(rings)
+        self._mark_if_stopped()
+
+    async def _suspend_rings(self, rings: ShadowRings) -> None:
+        await trio.to_thread.run_sync(rings.hold)
+        try:
+            await self._inner.suspend()
+            await trio.to_thread.run_sync(rings.stop)
+            rings.settle()
+        except BridgeError:
+            if self.state is State.SUSPENDED:
+                await self._inner.resume()
+            if self.state is State.RUNNING:
+                await trio.to_thread.run_sync(rings.stop)
+                rings.start()
+            raise
+        self._guest = dict(rings.vrings)
+        await self._end_rings()
+
+    # Where nothing tells what the device wrote, it may have been anything.
+    def _mark_if_stopped(self) -> None:
+        if self._mark_all and self._dirty is not None:
+            self._dirty.mark_all(self._memory)
+
+    @whole
+    async def stop_vring(self, index: int) -> int:
+        if self._guest is None:
+            base = await self._inner.stop_vring(index)
+            self._running -= {index}
+            self._mark_if_stopped()
+            return base
+        await self.suspend()
+        self._running -= {index}
+        vring = self._guest.get(index)
+        if vring is None or vring.base is None:
+            raise BridgeError(f"vring {index} was never started")
+        return vring.base
+
+    @whole
+    async def reset(self) -> None:
+        await self._inner.reset()
+        if self._rings is not None:
+            await self._end_rings()
+        self._guest, self._running = None, frozenset()
+
+    def load(self, state: DeviceState) -> None:
+        self._inner.load(state)
+        self._guest = None
+
+    def _place(self, features: int, vrings: Sequence[VringSetup]) -> None:
+        raise AssertionError("load goes to the device itself")
+
+    async def aclose(self) -> None:
+        if self._rings is not None:
+            await self._end_rings()
+        await self._inner.aclose()
+        self._broken.close()
+
+    # Changes while running
+
+    def _shadow_vring(self, index: int) -> VringSetup | None:
+        return None if self._rings is None else self._rings.vrings.get(index)
+
+    async def _exchange(self, vring: VringSetup) -> None:
+        assert self._rings is not None
+        await trio.to_thread.run_sync(self._rings.replace_eventfd, vring.index, vring)
+        self._guest = dict(self._rings.vrings)
+
+    async def set_call(self, index: int, fd: OwnedFd | None) -> None:
+        if vring := self._shadow_vring(index):
+            await self._exchange(replace(vring, call=fd))
+            await signal_eventfds(fd)
+        else:
+            await self._inner.set_call(index, fd)
+
+    async def set_kick(self, index: int, fd: OwnedFd | None) -> None:
+        if vring := self._shadow_vring(index):
+            await self._exchange(replace(vring, kick=fd))
+            await signal_eventfds(fd)
+        else:
+            await self._inner.set_kick(index, fd)
+
+    async def set_err(self, index: int, fd: OwnedFd | None) -> None:
+        if vring := self._shadow_vring(index):
+            await self._exchange(replace(vring, err=fd))
+        else:
+            await self._inner.set_err(index, fd)
+
+    async def set_enabled(self, index: int, enabled: bool) -> None:
+        await self._inner.set_enabled(index, enabled)
+        if vring := self._shadow_vring(index):
+            await self._exchange(replace(vring, enabled=enabled))
+
+    # The dirty log
+
+    @whole
+    async def log_writes(self, log: DirtyLog | None, used: Mapping[int, int]) -> None:
+        """Mark what the device writes in ``log``, by the means that are configured."""
+        if self._tracking is Tracking.REFUSE and log is not None:
+            raise Unsupported(
+                "dirty logging is refused by the configuration", "see --dirty-log of serve"
+            )
+        if self.capabilities.dirty_log.how is How.NATIVE:
+            await self._inner.log_writes(log, used)
+        elif self._tracking is Tracking.ALL:
+            self._dirty, self._mark_all = log, log is not None
+        else:
+            await self._log_in_shadow(log, used)
+
+    async def _log_in_shadow(self, log: DirtyLog | None, used: Mapping[int, int]) -> None:
+        self._dirty, self._used_logs = log, dict(used)
+        if self._rings is not None:
+            await trio.to_thread.run_sync(self._rings.set_log, log, used)
+        try:
+            await self._set_shadowed(self._always or (log is not None and not self._mark_all))
+        except Unsupported as error:
+            if self._tracking is not Tracking.AUTO:
+                raise
+            _log.warning(
+                "%s: all guest memory will be sent again when the guest stops: %s",
+                self.info.target,
+                error,
+            )
+            self._shadowed, self._mark_all = False, True
+        if log is None:
+            self._mark_all = False
+
+    async def _set_shadowed(self, shadowed: bool) -> None:
+        before, self._shadowed = self._shadowed, shadowed
+        if before == shadowed or self.state is not State.RUNNING:
+            return
+        await self.suspend()
+        again = (self.features, [v for v in self.vrings.values() if v.index in self._running])
+        try:
+            await self._go(*again)
+        except BridgeError as error:
+            self._shadowed = before
+            await self._go_back(*again, error)
+            raise
+
+    # Breaks of vrings
+
+    async def watch(self) -> None:
+        """Report vrings that break to the guest and in the log, for ever."""
+        while True:
+            await trio.lowlevel.wait_readable(self._broken.fileno())
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._broken.fileno())
+            for vring, reason in self._rings.broken_vrings() if self._rings else ():
+                _log.error("%s: vring %d stopped: %s", self.info.target, vring.index, reason)
+                await signal_eventfds(vring.err)
+
+
+@asynccontextmanager
+async def with_shadow(
+    inner: Device, tracking: Tracking, *, always: bool = False
+) -> AsyncIterator[ShadowDevice]:
+    """The device, with the possibility of shadow vrings, for the block's length."""
+    device = ShadowDevice(inner, tracking, always=always)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(device.watch)
+            yield device
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await device.aclose()

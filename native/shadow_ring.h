@@ -1,0 +1,41 @@
+/* What the parts of a shadow vring share. */
+#ifndef VHOST_BRIDGE_SHADOW_RING_H
+#define VHOST_BRIDGE_SHADOW_RING_H
+
+#include "device_ring.h"
+#include "guest_ring.h"
+#include "shadow.h"
+
+#include <pthread.h>
+
+struct vb_shadow {
+	struct vb_shadow_setup setup;
+	struct guest_memory memory;
+	struct guest_ring guest;
+	struct device_ring device;
+	struct request request;
+	struct vb_shadow_stats stats;
+	const char *broken;
+	bool in_order;
+	bool held; /* nothing more is fetched from the guest */
+	bool full; /* a request waits until the device completes others */
+	bool running;
+	bool stop;
+	int wake; /* eventfd that makes the thread look again */
+	int wanted; /* somebody waits for the lock */
+	pthread_t thread;
+	pthread_mutex_t lock;
+};
+
+bool shadow_round(struct vb_shadow *shadow);
+void break_vring(struct vb_shadow *shadow, const char *why);
+/* Do something that touches guest memory, which may be gone: the vring is broken then. */
+bool guarded(struct vb_shadow *shadow, bool (*work)(struct vb_shadow *shadow));
+bool thread_init(struct vb_shadow *shadow);
+void thread_free(struct vb_shadow *shadow);
+/* The thread leaves the lock to whoever asks for it in this way. */
+void shadow_lock(struct vb_shadow *shadow);
+void shadow_unlock(struct vb_shadow *shadow);
+void signal_eventfd(int fd);
+
+#endif

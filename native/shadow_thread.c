@@ -1,0 +1,213 @@
+/* The thread of a shadow vring: when it works, when it sleeps, and that it survives guest memory
+ * that goes away. */
+#define _GNU_SOURCE
+#include "shadow_ring.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/eventfd.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+/* A counter that is full says all that there is to say; a write to it would wait. */
+void signal_eventfd(int fd)
+{
+	struct pollfd poll_fd = {.fd = fd, .events = POLLOUT};
+	uint64_t one = 1;
+
+	if (fd >= 0 && poll(&poll_fd, 1, 0) == 1 && poll_fd.revents & POLLOUT)
+		(void)!write(fd, &one, sizeof(one));
+}
+
+/* The other side may read its eventfd too, and must not make us wait then. */
+static void drain_eventfd(int fd)
+{
+	uint64_t count;
+	struct iovec vector = {.iov_base = &count, .iov_len = sizeof(count)};
+
+	(void)!preadv2(fd, &vector, 1, -1, RWF_NOWAIT);
+}
+
+/* Guest memory is a file of the front-end's, which may make it shorter: SIGBUS then. */
+static _Thread_local sigjmp_buf *memory_gone;
+static struct sigaction handler_before;
+
+static void on_bus_error(int number, siginfo_t *info, void *context)
+{
+	if (memory_gone)
+		siglongjmp(*memory_gone, 1);
+	if (handler_before.sa_flags & SA_SIGINFO)
+		handler_before.sa_sigaction(number, info, context);
+	else if (handler_before.sa_handler != SIG_DFL && handler_before.sa_handler != SIG_IGN)
+		handler_before.sa_handler(number);
+	else
+		signal(number, SIG_DFL);
+}
+
+static void install_handler(void)
+{
+	struct sigaction action = {
+		.sa_sigaction = on_bus_error,
+		.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK,
+	};
+
+	sigaction(SIGBUS, &action, &handler_before);
+}
+
+bool guarded(struct vb_shadow *shadow, bool (*work)(struct vb_shadow *shadow))
+{
+	sigjmp_buf place;
+	volatile bool more = false;
+
+	memory_gone = &place;
+	if (sigsetjmp(place, 0) == 0)
+		more = work(shadow);
+	else
+		break_vring(shadow, "guest memory is gone");
+	memory_gone = NULL;
+	return more;
+}
+
+bool thread_init(struct vb_shadow *shadow)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+	pthread_once(&once, install_handler);
+	shadow->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	return shadow->wake >= 0;
+}
+
+void thread_free(struct vb_shadow *shadow)
+{
+	if (shadow->wake >= 0)
+		close(shadow->wake);
+}
+
+void shadow_lock(struct vb_shadow *shadow)
+{
+	__atomic_add_fetch(&shadow->wanted, 1, __ATOMIC_SEQ_CST);
+	pthread_mutex_lock(&shadow->lock);
+	__atomic_sub_fetch(&shadow->wanted, 1, __ATOMIC_SEQ_CST);
+}
+
+void shadow_unlock(struct vb_shadow *shadow)
+{
+	pthread_mutex_unlock(&shadow->lock);
+	signal_eventfd(shadow->wake);
+}
+
+enum { WAKE, DEVICE_CALL, KICK, SOURCES };
+
+static void sleep_until_called(struct pollfd fds[SOURCES])
+{
+	if (poll(fds, SOURCES, -1) < 0)
+		for (int i = 0; i < SOURCES; i++)
+			fds[i].revents = 0;
+}
+
+/* With the lock: an eventfd that was replaced meanwhile may be closed. */
+static void drain_called(struct vb_shadow *shadow, struct pollfd fds[SOURCES])
+{
+	if (fds[WAKE].revents & POLLIN)
+		drain_eventfd(shadow->wake);
+	if (fds[DEVICE_CALL].revents & POLLIN)
+		drain_eventfd(shadow->setup.device_call);
+	if (fds[KICK].revents & POLLIN && fds[KICK].fd == shadow->setup.kick)
+		drain_eventfd(shadow->setup.kick);
+	for (int i = 0; i < SOURCES; i++)
+		fds[i] = (struct pollfd){.fd = -1, .events = POLLIN};
+}
+
+/* With the lock: one round, and what to wait for then. False: the end. */
+static bool work(struct vb_shadow *shadow, struct pollfd fds[SOURCES], bool *more)
+{
+	drain_called(shadow, fds);
+	if (shadow->stop)
+		return false;
+	*more = guarded(shadow, shadow_round);
+	fds[WAKE].fd = shadow->wake;
+	if (!shadow->broken) {
+		fds[DEVICE_CALL].fd = shadow->setup.device_call;
+		fds[KICK].fd = shadow->held || shadow->full ? -1 : shadow->setup.kick;
+	}
+	return true;
+}
+
+static void *run(void *argument)
+{
+	struct vb_shadow *shadow = argument;
+	struct pollfd fds[SOURCES] = {{.fd = -1}, {.fd = -1}, {.fd = -1}};
+	bool more = false, going = true;
+
+	while (going) {
+		while (__atomic_load_n(&shadow->wanted, __ATOMIC_SEQ_CST))
+			sched_yield();
+		pthread_mutex_lock(&shadow->lock);
+		going = work(shadow, fds, &more);
+		pthread_mutex_unlock(&shadow->lock);
+		if (going && !more)
+			sleep_until_called(fds);
+	}
+	return NULL;
+}
+
+int64_t vb_shadow_start(struct vb_shadow *shadow)
+{
+	sigset_t all, before;
+	int result;
+
+	/* Python's signal handlers run in its own threads. */
+	sigfillset(&all);
+	sigdelset(&all, SIGBUS);
+	shadow->held = shadow->stop = false;
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	result = pthread_create(&shadow->thread, NULL, run, shadow);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (result == 0)
+		shadow->running = true;
+	return -result;
+}
+
+void vb_shadow_hold(struct vb_shadow *shadow)
+{
+	shadow_lock(shadow);
+	shadow->held = true;
+	shadow_unlock(shadow);
+}
+
+int64_t vb_shadow_stop(struct vb_shadow *shadow)
+{
+	if (!shadow->running)
+		return 0;
+	shadow_lock(shadow);
+	shadow->held = true;
+	shadow->stop = true;
+	shadow_unlock(shadow);
+	pthread_join(shadow->thread, NULL);
+	shadow->running = false;
+	while (guarded(shadow, shadow_round))
+		continue;
+	return 0;
+}
+
+int vb_shadow_step(struct vb_shadow *shadow)
+{
+	return guarded(shadow, shadow_round);
+}
+
+void vb_shadow_set_kick(struct vb_shadow *shadow, int fd)
+{
+	shadow_lock(shadow);
+	shadow->setup.kick = fd;
+	shadow_unlock(shadow);
+}
+
+void vb_shadow_set_call(struct vb_shadow *shadow, int fd)
+{
+	shadow_lock(shadow);
+	shadow->setup.call = fd;
+	shadow_unlock(shadow);
+}
