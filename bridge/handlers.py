@@ -188,7 +188,10 @@ async def set_vring_base(session: Session, message: Message) -> None:
     vring = _stopped(session.vring(state.index), "base")
     if state.num > 0xFFFF and not session.packed:
         raise PeerError(f"base {state.num:#x} of split vring {state.index} has more than 16 bits")
-    vring.base = state.num
+    # DPDK's front-end tells the available half of a packed ring's position only, and its back-end
+    # takes the other one for equal, which it is while nothing is in flight.
+    half = session.packed and state.num <= 0xFFFF
+    vring.base = state.num | state.num << 16 if half else state.num
 
 
 async def set_vring_addr(session: Session, message: Message) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,12 +11,15 @@ import pytest
 from tests.peers.bridge import Bridge
 from tests.peers.process import eventually
 from tests.peers.testpmd import Testpmd, frame, read_frames, write_frames
+from vhostbridge.backends.virtio import TransportFeature
 
 COUNT = 2000
 
 
 @contextmanager
-def both(folder: Path, queues: int, options: str = "") -> Iterator[tuple[Testpmd, Testpmd, Bridge]]:
+def both(
+    folder: Path, queues: int, options: str = "", serve: Sequence[str] = ()
+) -> Iterator[tuple[Testpmd, Testpmd, Bridge]]:
     """The front-end, the back-end and the bridge; each side has COUNT frames a queue to send."""
     files: dict[str, list[Path]] = {"front": [], "back": []}
     for salt, side in enumerate(files):
@@ -28,7 +31,9 @@ def both(folder: Path, queues: int, options: str = "") -> Iterator[tuple[Testpmd
     front = f"net_virtio_user0,path={folder / 'vm.sock'},queues={queues}{options}"
     with (
         Testpmd(back, files["back"], processor=1) as vhost,
-        Bridge(f"vhost-user:{folder / 'vhost.sock'}", listen=folder / "vm.sock") as bridge,
+        Bridge(
+            f"vhost-user:{folder / 'vhost.sock'}", listen=folder / "vm.sock", arguments=serve
+        ) as bridge,
         Testpmd(front, files["front"], processor=0) as user,
     ):
         yield user, vhost, bridge
@@ -53,12 +58,17 @@ def wait_for_all(program: Testpmd) -> list[list[bytes]]:
     [(1, ""), (4, ""), (2, ",packed_vq=1"), (1, ",packed_vq=1"), (1, ",in_order=0,mrg_rxbuf=0")],
     ids=["one pair", "four pairs", "two packed pairs", "packed", "plain"],
 )
-def test_frames_of_both_sides_arrive(tmp_path: Path, queues: int, options: str) -> None:
-    with both(tmp_path, queues, options) as (user, vhost, _):
+@pytest.mark.parametrize("serve", [[], ["--shadow"]], ids=["direct", "shadow"])
+def test_frames_of_both_sides_arrive(
+    tmp_path: Path, queues: int, options: str, serve: list[str]
+) -> None:
+    with both(tmp_path, queues, options, serve) as (user, vhost, bridge):
         vhost.tell("start")
         user.tell("start")
         assert wait_for_all(vhost) == sent(queues, salt=0)
         assert wait_for_all(user) == sent(queues, salt=1)
+        packed = bool(bridge.status().features & TransportFeature.RING_PACKED.mask)
+        assert packed == ("packed_vq=1" in options)
 
 
 def test_frames_arrive_over_a_stop_of_the_port(tmp_path: Path) -> None:
@@ -71,8 +81,9 @@ def test_frames_arrive_over_a_stop_of_the_port(tmp_path: Path) -> None:
         assert wait_for_all(user) == sent(2, salt=1)
 
 
-def test_frames_arrive_over_suspends(tmp_path: Path) -> None:
-    with both(tmp_path, 2) as (user, vhost, bridge):
+@pytest.mark.parametrize("serve", [[], ["--shadow"]], ids=["direct", "shadow"])
+def test_frames_arrive_over_suspends(tmp_path: Path, serve: list[str]) -> None:
+    with both(tmp_path, 2, serve=serve) as (user, vhost, bridge):
         vhost.tell("start")
         user.tell("start")
         for _ in range(10):

@@ -22,7 +22,7 @@ class Testpmd(Process):
     """Forwards what `incoming` files have to `vdev`, and what comes from there to files.
 
     There is one incoming file a queue, and `outgoing` has as many. It waits for memory of its own
-    only, no huge pages; it spins on one processor while it forwards.
+    only, no huge pages; its threads spin on one processor while it forwards.
     """
 
     __test__ = False  # its name begins as a test's does
@@ -32,12 +32,16 @@ class Testpmd(Process):
         files = [f"rx_pcap={path}" for path in incoming]
         files += [f"tx_pcap={path}" for path in self.outgoing]
         queues = len(incoming)
+        # A thread for each direction of each queue: one that waits for a full ring must not keep
+        # another from emptying one, or both programs wait for each other.
+        threads = 2 * queues
+        lcores = ",".join(f"{i}@{processor}" for i in range(1 + threads))
         argv = [
             *("dpdk-testpmd", "--no-huge", "--no-pci", "--single-file-segments", "-m", "256"),
-            *(f"--file-prefix={secrets.token_hex(4)}", "--lcores", f"0@{processor},1@{processor}"),
+            *(f"--file-prefix={secrets.token_hex(4)}", "--lcores", lcores),
             *("--vdev", vdev, "--vdev", f"net_pcap0,{','.join(files)}", "--"),
             *("-i", "--no-flush-rx", "--total-num-mbufs=8192"),
-            *(f"--rxq={queues}", f"--txq={queues}"),
+            *(f"--rxq={queues}", f"--txq={queues}", f"--nb-cores={threads}"),
         ]
         super().__init__(peer_argv(argv, die_with_parent=True), name=f"testpmd {vdev[:12]}")
         self._seen = 0
