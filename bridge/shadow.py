@@ -402,6 +402,8 @@ class ShadowDevice(Device):
             self._shadowed = before
             await self._go_back(*again, error)
             raise
+        how = "pass through shadow vrings" if shadowed else "go straight to the device"
+        _log.info("%s: requests %s now", self.info.target, how)
 
     # Breaks of vrings
 

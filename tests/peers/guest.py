@@ -28,7 +28,7 @@ MODULES = (
 )
 KERNEL_COMMAND_LINE = (
     *("console=ttyS0", "quiet", "panic=-1", "tsc=reliable", "no_timer_check", "mitigations=off"),
-    *("random.trust_cpu=on", "rcupdate.rcu_expedited=1", "nokaslr", "audit=0"),
+    *("random.trust_cpu=on", "rcupdate.rcu_expedited=1", "nokaslr", "audit=0", "init_on_alloc=0"),
 )
 INIT = """\
 #!/bin/busybox sh
@@ -67,10 +67,21 @@ class GuestError(Exception):
 class Guest(Process):
     """A guest with shared memory; on entry it is waited for until it takes commands.
 
-    `arguments` are QEMU's for the devices under test. Its console is the process's output.
+    `arguments` are QEMU's for the devices under test. Its console is the process's output. With
+    `incoming` it does not boot but waits for another one's migration.
     """
 
-    def __init__(self, arguments: Sequence[str], *, memory_mib: int = 256, cpus: int = 2) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        memory_mib: int = 256,
+        cpus: int = 2,
+        incoming: bool = False,
+    ) -> None:
+        self._incoming = incoming
+        if incoming:
+            arguments = [*arguments, "-incoming", "defer"]
         self.qmp = Qmp()
         self._agent, agent = socket.socketpair()
         with agent:
@@ -82,7 +93,8 @@ class Guest(Process):
     def __enter__(self) -> Self:
         try:
             self.qmp.start()
-            self.wait_ready()
+            if not self._incoming:
+                self.wait_ready()
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise

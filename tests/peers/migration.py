@@ -1,0 +1,55 @@
+"""Live migration from one QEMU to another."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from .guest import Guest
+
+SECONDS = 60.0
+DONE = ("completed", "failed", "cancelled")
+
+
+class MigrationError(Exception):
+    """It failed; the reason is QEMU's."""
+
+
+def begin(source: Guest, destination: Guest, socket: Path, *, bandwidth: int = 0) -> None:
+    """Start it; `destination` waits for it. `bandwidth` limits it to that many bytes a second."""
+    socket.unlink(missing_ok=True)
+    destination.qmp.execute("migrate-incoming", uri=f"unix:{socket}")
+    source.qmp.execute(
+        "migrate-set-parameters",
+        **{"max-bandwidth": bandwidth or 1 << 30, "downtime-limit": 300},
+    )
+    source.qmp.execute("migrate", uri=f"unix:{socket}")
+
+
+def finish(source: Guest) -> dict[str, Any]:
+    """Wait for the end and return what QEMU tells of it: downtime, total-time, ram, ...
+
+    Raises:
+        MigrationError: it failed, was cancelled, or took too long.
+    """
+    deadline = time.monotonic() + SECONDS
+    while True:
+        told: dict[str, Any] = source.qmp.execute("query-migrate")
+        if told.get("status") == "completed":
+            return told
+        if told.get("status") in DONE or time.monotonic() > deadline:
+            raise MigrationError(f"{told.get('status')}: {told.get('error-desc', '')}")
+        time.sleep(0.02)
+
+
+def migrate(
+    source: Guest, destination: Guest, socket: Path, *, bandwidth: int = 0
+) -> dict[str, Any]:
+    """All of it; `source` has ended afterwards, as after a real one."""
+    begin(source, destination, socket, bandwidth=bandwidth)
+    told = finish(source)
+    destination.qmp.wait_for_event("RESUME")
+    source.qmp.execute("quit")
+    source.wait()
+    return told
