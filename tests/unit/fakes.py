@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import trio
 
 from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup
+from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.fds import OwnedFd, signal_eventfds
 from vhostbridge.backends.lifecycle import Ability, Capabilities, How, State, Verb, step
 
@@ -59,6 +60,7 @@ class FakeDevice(Device):
         self.capabilities = CAPABILITIES
         self.whole = whole
         self.calls: list[tuple[object, ...]] = []
+        self.logging: tuple[int | None, dict[int, int]] = (None, {})
         self.refuse: dict[str, Exception] = {}
         self.regions: list[MemoryRegion] = []
         self.rings: dict[int, VringSetup] = {}
@@ -178,6 +180,12 @@ class FakeDevice(Device):
         await self._called("reset")
         self._enter(Verb.RESET)
         self.rings, self.bases, self.placed = {}, {}, {}
+
+    async def log_writes(self, log: DirtyLog | None, used: Mapping[int, int]) -> None:
+        wanted = (None, dict[int, int]()) if log is None else (log.size, dict(used))
+        if wanted != self.logging:
+            await self._called("log_writes", *wanted)
+        self.logging = wanted
 
     async def set_call(self, index: int, fd: OwnedFd | None) -> None:
         await self._called("set_call", index, fd is not None)

@@ -1,0 +1,104 @@
+"""Sessions whose front-end wants to know what the device writes: QEMU's order, and lies."""
+
+from __future__ import annotations
+
+import struct
+
+from trio.testing import MockClock
+
+from tests.unit.fakes import LOG_ALL, FakeDevice, address, memfd, u64
+from tests.unit.frontend import FEATURES, OFFER, PF, USER, FrontEnd, connected, ring
+from vhostbridge.backends.errors import Unsupported
+from vhostbridge.backends.lifecycle import State
+from vhostbridge.backends.vhostuser.messages import Request as R
+
+# A bit a page for the fake front-end's memory and beyond.
+SIZE = 4096
+USED_AT = 0x12000
+
+
+def place(size: int = SIZE, offset: int = 0) -> bytes:
+    return struct.pack("=QQ", size, offset)
+
+
+def logged_ring(index: int) -> bytes:
+    at = USER + 0x10000 * (index + 1)
+    return address(index, at, at + 0x2000, at + 0x1000, flags=1, log=USED_AT)
+
+
+async def begin(vm: FrontEnd) -> None:
+    with memfd(SIZE) as fd:
+        assert await vm.ask(R.SET_LOG_BASE, place(), fd) == u64(0)
+    await vm.ack(R.SET_FEATURES, u64(FEATURES | LOG_ALL))
+    await vm.ack(R.SET_VRING_ADDR, logged_ring(0))
+
+
+async def test_log_is_turned_on_and_off_while_running(autojump_clock: MockClock) -> None:
+    """QEMU's order; the device is neither stopped nor set up anew by it."""
+    async with connected() as vm:
+        await vm.start(0)
+        await begin(vm)
+        assert vm.device.take_calls() == [
+            ("log_writes", SIZE, {}),
+            ("log_writes", SIZE, {0: USED_AT}),
+        ]
+        await vm.ack(R.SET_FEATURES, u64(FEATURES))
+        await vm.ack(R.SET_VRING_ADDR, ring(0))
+        assert vm.device.take_calls() == [("log_writes", None, {})]
+        assert vm.device.state is State.RUNNING
+
+
+async def test_log_that_is_sent_again_takes_the_place_of_the_first(
+    autojump_clock: MockClock,
+) -> None:
+    async with connected() as vm:
+        await vm.start(0)
+        await begin(vm)
+        vm.device.take_calls()
+        with memfd(2 * SIZE) as fd:
+            assert await vm.ask(R.SET_LOG_BASE, place(2 * SIZE), fd) == u64(0)
+        assert vm.device.take_calls() == [("log_writes", 2 * SIZE, {0: USED_AT})]
+
+
+async def test_front_end_that_leaves_ends_the_log(autojump_clock: MockClock) -> None:
+    device = FakeDevice()
+    async with connected(device) as vm:
+        await vm.start(0)
+        await begin(vm)
+    assert device.logging == (None, {})
+
+
+async def test_device_that_can_not_log_refuses_and_goes_on(autojump_clock: MockClock) -> None:
+    device = FakeDevice()
+    device.refuse["log_writes"] = Unsupported("it can't")
+    async with connected(device) as vm:
+        await vm.start(0)
+        with memfd(SIZE) as fd:
+            assert await vm.ask(R.SET_LOG_BASE, place(), fd) == u64(0)
+        await vm.nack(R.SET_FEATURES, u64(FEATURES | LOG_ALL))
+        assert device.state is State.RUNNING
+        await begin(vm)
+
+
+async def test_log_that_is_too_small_is_refused(autojump_clock: MockClock) -> None:
+    async with connected() as vm:
+        await vm.start(0)
+        with memfd(SIZE) as fd:
+            assert await vm.ask(R.SET_LOG_BASE, place(1), fd) == u64(0)
+        await vm.nack(R.SET_FEATURES, u64(FEATURES | LOG_ALL))
+        assert vm.device.take_calls() == []
+
+
+async def test_log_without_a_file_ends_the_session(autojump_clock: MockClock) -> None:
+    async with connected() as vm:
+        await vm.start(0, protocol=OFFER & ~PF.STATUS & ~PF.REPLY_ACK)
+        await vm.send(R.SET_LOG_BASE, place())
+        assert "came without a file descriptor" in str(await vm.lost())
+
+
+async def test_log_larger_than_its_file_ends_the_session(autojump_clock: MockClock) -> None:
+    async with connected() as vm:
+        await vm.start(0, protocol=OFFER & ~PF.STATUS & ~PF.REPLY_ACK)
+        with memfd(SIZE) as fd:
+            await vm.send(R.SET_LOG_BASE, place(SIZE, 1), fd)
+            assert "bytes from 1 on in a file of" in str(await vm.lost())
