@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -14,25 +14,18 @@ from vhostbridge.backends.device import Device
 from vhostbridge.backends.errors import (
     BridgeError,
     InvalidTransition,
-    PeerError,
     StateError,
-    Unsupported,
     find_bridge_error,
 )
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.lifecycle import State, Verb, step
-from vhostbridge.backends.state import DeviceState, compatibility
+from vhostbridge.backends.state import DeviceState
 from vhostbridge.backends.state_stream import (
     CheckedFd,
-    Sink,
-    Source,
     check_stream,
-    load_internal,
-    save_stream,
 )
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
-from vhostbridge.backends.virtio_config import config_sizes
 
 from .config import BridgeConfig
 from .endpoint import open_endpoint
@@ -40,6 +33,7 @@ from .handlers import HANDLERS
 from .incoming import disagreements
 from .session import Session
 from .shadow import with_shadow
+from .state_transfer import Progress, load_device, misfits, save_device
 from .status import BridgeStatus
 from .survey import survey
 
@@ -47,8 +41,6 @@ _log = logging.getLogger("vhostbridge.daemon")
 
 # A back-end that went away is looked for this often, in seconds.
 RETRY = 0.5
-
-Progress = Callable[[int], None]
 
 
 class Bridge:
@@ -242,14 +234,8 @@ class Bridge:
             BridgeError: it can't be saved. What was written is no whole stream.
         """
         async with self._operation() as device:
-            state = await device.capture()
-            with Sink(sink.dup()) as target:
-                if state.internal_owner is None:
-                    return await save_stream(state, None, target, progress)
-                async with AsyncExitStack() as transfer:
-                    pipe = await transfer.enter_async_context(device.internal_source())
-                    with _Internal(pipe.dup(), transfer) as internal:
-                        return await save_stream(state, internal, target, progress)
+            step(device.state, Verb.SAVE)
+            return await save_device(device, sink, progress)
 
     async def load(self, source: OwnedFd, *, dry_run: bool, progress: Progress) -> list[str]:
         """Take a state over; returns why it does not fit, having done nothing then.
@@ -271,10 +257,7 @@ class Bridge:
         return []
 
     async def _reasons(self, device: Device, state: DeviceState) -> list[str]:
-        config = await _config_to_compare(device, state)
-        reasons = compatibility(
-            state, device.info, device.capabilities, config, device.internal_owner
-        )
+        reasons = await misfits(device, state)
         if self._session is not None:
             reasons += disagreements(state, device.features, device.vrings)
         return reasons
@@ -282,11 +265,7 @@ class Bridge:
     async def _load(
         self, device: Device, state: DeviceState, checked: CheckedFd, progress: Progress
     ) -> None:
-        device.load(state)
-        if state.internal_owner is not None:
-            async with device.internal_sink() as pipe:
-                with Sink(pipe.dup()) as sink:
-                    await load_internal(checked, sink, progress)
+        await load_device(device, state, checked, progress)
         if self._session is None or not self._session.held:
             self._expect(state)
 
@@ -307,31 +286,3 @@ class Bridge:
                 f"{self.config.backend} is not there at the moment", "the log says what happened"
             )
         return self._device
-
-
-# A vhost-user back-end refuses to be read past the end of what it has, and doesn't say where it is.
-async def _config_to_compare(device: Device, state: DeviceState) -> bytes:
-    if device.transport == "vdpa":
-        return await device.full_config()
-    sizes = [len(state.config)] if state.config else []
-    if sizes and state.device_id is not None:
-        sizes += [n for n in config_sizes(state.device_id, state.features) if n < sizes[0]]
-    for size in sizes:
-        with suppress(PeerError, Unsupported):
-            return await device.read_config(0, size)
-    return b""
-
-
-class _Internal(Source):
-    """A back-end's internal state, which counts as whole only when the back-end says so."""
-
-    def __init__(self, fd: OwnedFd, transfer: AsyncExitStack) -> None:
-        super().__init__(fd)
-        self._transfer = transfer
-
-    async def read_chunk(self) -> bytes:
-        """The next piece. At the end the back-end is asked, before anybody believes the stream."""
-        data = await super().read_chunk()
-        if not data:
-            await self._transfer.aclose()
-        return data

@@ -34,6 +34,7 @@ from vhostbridge.backends.vhostuser.messages import (
 from vhostbridge.backends.vhostuser.specs import BACKEND_SPECS
 from vhostbridge.backends.virtio import TransportFeature
 
+from .device_state import check_device_state, set_device_state_fd
 from .memory import guest_region, table_of
 from .offer import check_features, offered_features, offered_protocol
 from .session import Handler, Session
@@ -81,13 +82,13 @@ async def set_features(session: Session, message: Message) -> None:
 
 
 async def get_protocol_features(session: Session, message: Message) -> Payload:
-    return U64(int(offered_protocol(session.device.info)))
+    return U64(int(offered_protocol(session.device)))
 
 
 async def set_protocol_features(session: Session, message: Message) -> None:
     acked = _u64(message)
     # As numbers: the complement of flags leaves out the bits that have no name.
-    extra = acked & ~int(offered_protocol(session.device.info))
+    extra = acked & ~int(offered_protocol(session.device))
     if extra:
         raise PeerError(
             "the front-end acks protocol features that were not offered: "
@@ -363,5 +364,7 @@ HANDLERS: Mapping[int, Handler] = MappingProxyType(
         Request.REM_MEM_REG: rem_mem_reg,
         Request.SET_STATUS: set_status,
         Request.GET_STATUS: get_status,
+        Request.SET_DEVICE_STATE_FD: set_device_state_fd,
+        Request.CHECK_DEVICE_STATE: check_device_state,
     }
 )

@@ -217,7 +217,7 @@ def _common_facts(device: VdpaDevice | VhostUserDevice) -> Report:
     return {
         "queue_num": info.queue_num,
         "memory_regions": info.region_max,
-        "protocol_features": {"offered": protocol_names(offered_protocol(info))},
+        "protocol_features": {"offered": protocol_names(offered_protocol(device))},
         "capabilities": capabilities_report(device.capabilities),
         "obstacles": obstacles(info, device.capabilities),
     }
@@ -284,7 +284,7 @@ async def _backend_facts(device: VhostUserDevice, device_id: int | None) -> Repo
     report["protocol_features"] = {
         "mask": hex(offered),
         "device": protocol_names(offered),
-        "offered": protocol_names(offered_protocol(info)),
+        "offered": protocol_names(offered_protocol(device)),
     }
     return report
 

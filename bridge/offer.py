@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from vhostbridge.backends.device import DeviceInfo
+from vhostbridge.backends.device import Device, DeviceInfo
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
 from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature, feature_names
@@ -35,9 +35,10 @@ def offered_features(info: DeviceInfo) -> int:
     return info.features & ~_HIDDEN_MASK | VHOST_ONLY_FEATURES
 
 
-def offered_protocol(info: DeviceInfo) -> ProtocolFeature:
+def offered_protocol(device: Device) -> ProtocolFeature:
     """The answer to GET_PROTOCOL_FEATURES. QEMU acks bits that it does not know: offer only what
     the bridge can live with."""
+    info = device.info
     offer = (
         ProtocolFeature.MQ
         | ProtocolFeature.REPLY_ACK
@@ -47,6 +48,10 @@ def offered_protocol(info: DeviceInfo) -> ProtocolFeature:
         | ProtocolFeature.STATUS
         | ProtocolFeature.LOG_SHMFD
     )
+    # A device without state of its own needs no more than the VMM carries anyway, and a VMM that
+    # carries it could not go to a back-end that takes none.
+    if device.internal_owner is not None:
+        offer |= ProtocolFeature.DEVICE_STATE
     if info.config_size:
         offer |= ProtocolFeature.CONFIG
     if info.forwards_mtu:

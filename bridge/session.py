@@ -42,6 +42,8 @@ from .vring import FrontendVring
 if TYPE_CHECKING:
     from vhostbridge.backends.state import DeviceState
 
+    from .device_state import Transfer
+
 # How long the device may take to stop when its front-end has gone, in seconds. VDUSE gives its
 # processes 30.
 LEAVE = 35.0
@@ -76,6 +78,10 @@ class Session:
         self.lock = lock or trio.Lock()
         #: A state that the device was given and that waits for its vrings.
         self.incoming = incoming
+        #: Whether it came from the front-end, which takes it along when it leaves.
+        self.incoming_is_the_front_ends = False
+        #: The state that the front-end moves, until it has asked how that went.
+        self.transfer: Transfer | None = None
         #: Whether the operator suspended the device: the front-end can't start it meanwhile.
         self.held = False
         self.log = logging.LoggerAdapter(logging.getLogger("vhostbridge.session"), {"bridge": name})
@@ -90,6 +96,7 @@ class Session:
         self.reverse: Channel | None = None
         self._channel = channel
         self._handlers = handlers
+        self._nursery: trio.Nursery | None = None
         self._config_changed = trio.Event()
         self._replaced = trio.Event()
         # Where the device stopped: enough for another one, if it has no state of its own.
@@ -118,6 +125,7 @@ class Session:
 
         try:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 self._listen_to_device()
                 nursery.start_soon(watch_device)
                 nursery.start_soon(self._notify_config_changes)
@@ -185,6 +193,8 @@ class Session:
             await self._handle(message)
             done = True
 
+        if message.request == Request.CHECK_DEVICE_STATE and self.transfer is not None:
+            await self.transfer.done.wait()
         while not done:
             if self.awaiting:
                 with trio.move_on_after(PATIENCE):
@@ -384,6 +394,14 @@ class Session:
         old, self.memory = self.memory, table
         old.close_unused(table)
 
+    def begin_transfer(self, transfer: Transfer) -> None:
+        """Move a state in the background, in place of one that has ended."""
+        assert self._nursery is not None
+        if self.transfer is not None:
+            self.transfer.close()
+        self.transfer = transfer
+        self._nursery.start_soon(transfer.run, self)
+
     # The dirty log
 
     async def update_log(self, log: DirtyLog | None) -> None:
@@ -435,6 +453,8 @@ class Session:
                 await self.device.log_writes(None, {})
             if self.log_to is not None:
                 self.log_to.close()
+            if self.transfer is not None:
+                self.transfer.close()
             for vring in self.vrings.values():
                 vring.close()
             close_all(region.fd for region in self.memory.regions)
@@ -442,9 +462,10 @@ class Session:
     # Suspended first, so that requests in flight are complete before guest memory goes.
     # A state that still waits is for the next front-end.
     async def _clear_device(self) -> None:
-        if self.incoming is not None:
+        if self.incoming is not None and not self.incoming_is_the_front_ends:
             await self.device.set_memory([])
             return
+        self.incoming = None
         if self.device.state is State.RUNNING:
             await self.device.suspend()
         await self.device.reset()

@@ -402,7 +402,8 @@ class VhostUserDevice(Device):
 
     @asynccontextmanager
     async def internal_source(self) -> AsyncIterator[OwnedFd]:
-        step(self.state, Verb.SAVE)
+        if self.state is not State.RESET:
+            step(self.state, Verb.SAVE)
         self._need_device_state()
         async with transfer(self._client, SAVE) as pipe:
             yield pipe

@@ -1,0 +1,174 @@
+"""A front-end that takes a device's state along: SET_DEVICE_STATE_FD and CHECK_DEVICE_STATE."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from tests.unit.fakes import FakeDevice, u64
+from tests.unit.frontend import OFFER, PF, FrontEnd, connected
+from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.lifecycle import State
+from vhostbridge.backends.state_stream import check_stream
+from vhostbridge.backends.vhostuser.messages import Request as R
+
+PROTOCOL = OFFER & ~PF.STATUS | PF.DEVICE_STATE
+ACCEPTED, REFUSED = u64(0x100), u64(0x101)
+OWN = b"what only the back-end knows"
+
+
+class Stateful(FakeDevice):
+    """A device with some bytes of state of its own."""
+
+    transport = "vhost-user"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = OWN
+
+    @property
+    def internal_owner(self) -> str:
+        return "fake"
+
+    @asynccontextmanager
+    async def internal_source(self) -> AsyncIterator[OwnedFd]:
+        reader, writer = (OwnedFd(fd) for fd in os.pipe())
+        with reader:
+            os.write(writer.fileno(), self.own)
+            writer.close()
+            yield reader
+
+    @asynccontextmanager
+    async def internal_sink(self) -> AsyncIterator[OwnedFd]:
+        reader, writer = (OwnedFd(fd) for fd in os.pipe())
+        with reader, writer:
+            yield writer
+            writer.close()
+            self.own = os.read(reader.fileno(), 1 << 16)
+
+
+async def save(vm: FrontEnd) -> bytes:
+    """What the bridge writes for a front-end that saves, up to its end."""
+    reader, writer = (OwnedFd(fd) for fd in os.pipe())
+    with reader:
+        with writer:
+            request = struct.pack("=II", 0, 0)
+            assert await vm.ask(R.SET_DEVICE_STATE_FD, request, writer) == ACCEPTED
+        data = b""
+        while piece := await trio.to_thread.run_sync(os.read, reader.fileno(), 1 << 16):
+            data += piece
+    return data
+
+
+async def offer_state(vm: FrontEnd, data: bytes) -> int:
+    """Load ``data``; the answer to CHECK_DEVICE_STATE."""
+    reader, writer = (OwnedFd(fd) for fd in os.pipe())
+    with reader:
+        request = struct.pack("=II", 1, 0)
+        assert await vm.ask(R.SET_DEVICE_STATE_FD, request, reader) == ACCEPTED
+    os.write(writer.fileno(), data)
+    writer.close()
+    return int.from_bytes(await vm.ask(R.CHECK_DEVICE_STATE), "little")
+
+
+async def stopped(vm: FrontEnd) -> None:
+    await vm.start(0, protocol=PROTOCOL)
+    await vm.base(0)
+
+
+async def saved_state() -> bytes:
+    async with connected(Stateful()) as vm:
+        await stopped(vm)
+        data = await save(vm)
+        assert await vm.ask(R.CHECK_DEVICE_STATE) == u64(0)
+    return data
+
+
+async def test_stopped_device_is_saved_and_may_be_again() -> None:
+    async with connected(Stateful()) as vm:
+        await stopped(vm)
+        first = await save(vm)
+        assert await vm.ask(R.CHECK_DEVICE_STATE) == u64(0)
+        assert first == await save(vm)
+        assert await vm.ask(R.CHECK_DEVICE_STATE) == u64(0)
+        assert OWN in first
+        assert vm.device.state is State.SUSPENDED
+
+
+async def test_saved_state_is_a_stream_of_ours() -> None:
+    reader, writer = (OwnedFd(fd) for fd in os.pipe())
+    os.write(writer.fileno(), await saved_state())
+    writer.close()
+    state, checked = await check_stream(reader, lambda count: None)
+    with checked:
+        assert (state.internal_owner, [v.index for v in state.vrings]) == ("fake", [0])
+
+
+async def test_state_is_loaded_before_anything_else_is_said() -> None:
+    data = await saved_state()
+    device = Stateful()
+    device.own = b""
+    async with connected(device) as vm:
+        await vm.send(R.SET_PROTOCOL_FEATURES, u64(int(PROTOCOL)))
+        assert await offer_state(vm, data) == 0
+        assert (device.own, device.state) == (OWN, State.SUSPENDED)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-1], lambda data: data + b"x", lambda data: b"", lambda data: b"garbage"],
+    ids=["truncated", "too long", "empty", "garbage"],
+)
+async def test_damaged_state_is_not_loaded(damage: Callable[[bytes], bytes]) -> None:
+    data = await saved_state()
+    device = Stateful()
+    device.own = b""
+    async with connected(device) as vm:
+        await vm.send(R.SET_PROTOCOL_FEATURES, u64(int(PROTOCOL)))
+        assert await offer_state(vm, damage(data)) == 1
+        assert (device.own, device.state) == (b"", State.RESET)
+        assert await offer_state(vm, data) == 0
+
+
+@pytest.mark.parametrize(("direction", "phase"), [(2, 0), (0, 1), (1, 7)])
+async def test_unknown_transfer_is_refused(direction: int, phase: int) -> None:
+    async with connected(Stateful()) as vm:
+        await stopped(vm)
+        with OwnedFd(os.memfd_create("state")) as fd:
+            request = struct.pack("=II", direction, phase)
+            assert await vm.ask(R.SET_DEVICE_STATE_FD, request, fd) == REFUSED
+
+
+async def test_running_device_is_not_saved() -> None:
+    async with connected(Stateful()) as vm:
+        await vm.start(0, protocol=PROTOCOL)
+        with OwnedFd(os.memfd_create("state")) as fd:
+            assert await vm.ask(R.SET_DEVICE_STATE_FD, struct.pack("=II", 0, 0), fd) == REFUSED
+
+
+async def test_check_without_a_transfer_fails() -> None:
+    async with connected(Stateful()) as vm:
+        await stopped(vm)
+        assert await vm.ask(R.CHECK_DEVICE_STATE) == u64(1)
+
+
+async def test_reader_that_goes_away_fails_the_save_only() -> None:
+    async with connected(Stateful()) as vm:
+        await stopped(vm)
+        reader, writer = (OwnedFd(fd) for fd in os.pipe())
+        reader.close()
+        with writer:
+            request = struct.pack("=II", 0, 0)
+            assert await vm.ask(R.SET_DEVICE_STATE_FD, request, writer) == ACCEPTED
+        assert await vm.ask(R.CHECK_DEVICE_STATE) == u64(1)
+        assert vm.device.state is State.SUSPENDED
+
+
+async def test_device_without_state_of_its_own_does_not_offer_it() -> None:
+    async with connected() as vm:
+        assert await vm.ask(R.GET_PROTOCOL_FEATURES) == u64(int(OFFER))
