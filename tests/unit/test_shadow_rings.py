@@ -1,13 +1,10 @@
-"""Shadow vrings in C: against models of a driver and a device, under the sanitizers, and against
-guests and devices that break the rules."""
+"""Shadow vrings as Python has them: memory that goes away, and the dirty log."""
 
 from __future__ import annotations
 
 import mmap
 import os
 import select
-import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -18,62 +15,7 @@ from vhostbridge.backends.fds import OwnedFd, new_eventfd
 from vhostbridge.bridge.shadow_rings import GuestMap, ShadowRings
 from vhostbridge.native import ffi, lib
 
-ROOT = Path(__file__).parents[2]
-SOURCES = ("guest_ring", "device_ring", "shadow", "shadow_thread")
-INDIRECT, EVENT_IDX, IN_ORDER = 1 << 28, 1 << 29, 1 << 35
-FEATURES = {
-    "plain": 0,
-    "indirect": INDIRECT,
-    "event index": INDIRECT | EVENT_IDX,
-    "in order": IN_ORDER | EVENT_IDX,
-}
 PAGE = 4096
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models and the code under test, under the address and undefined-behaviour sanitizers."""
-    path = tmp_path_factory.mktemp("native") / "shadow_test"
-    sources = [ROOT / f"tests/native/{name}.c" for name in ("shadow_test",)]
-    sources += [ROOT / f"native/{name}.c" for name in SOURCES]
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
-    warn = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    subprocess.run(["gcc", *warn, *sanitize, "-o", path, *sources], check=True)
-    return path
-
-
-def run(program: Path, *arguments: object) -> None:
-    done = subprocess.run(
-        [program, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize("size", [1, 8, 256])
-@pytest.mark.parametrize("layout", ["split", "packed"])
-def test_every_request_arrives_and_comes_back_once(
-    program: Path, layout: str, size: int, features: str
-) -> None:
-    """More than 2^16 of them, with every chain that fits, in any order; what the device may have
-    written is marked, and nothing else is. Now and then another shadow vring takes over."""
-    rounds = 70_000 if size == 8 else 5000
-    run(program, "relay", 11, rounds, layout, size, FEATURES[features])
-
-
-@pytest.mark.parametrize("size", [3, 100, 32768])
-def test_packed_rings_have_any_size(program: Path, size: int) -> None:
-    run(program, "relay", 5, 20_000, "packed", size, INDIRECT)
-
-
-@pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize("layout", ["split", "packed"])
-def test_guest_that_corrupts_its_rings_harms_nobody(
-    program: Path, layout: str, features: str
-) -> None:
-    """The device gets addresses of guest memory only; nothing outside the rings is written. Now
-    and then the device lies too."""
-    run(program, "hostile", 3, 1_000_000, layout, 16, FEATURES[features])
 
 
 def guest_memory(pages: int) -> MemoryRegion:
