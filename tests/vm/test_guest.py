@@ -12,6 +12,7 @@ SOAK = (
     "libblkio_killed_at_any_point",
     "libblkio_suspended_at_any_moment",
     "numbered_frames_over_suspends",
+    "shadow_vrings_come_and_go_under_load",
 )
 MODULES = sorted(path.stem for path in GUEST.glob("checks_*.py"))
 

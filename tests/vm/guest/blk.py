@@ -38,6 +38,8 @@ class BlockDriver:
         self._memory = buffers if buffers is not None else ring.memory
         slots = min(ring.size // 3, (self._memory.size - (64 << 10)) // (span + 64))
         self._slots = [self._memory.take(span + 64, 64) for _ in range(slots)]
+        #: Where the requests' buffers lie: header, status, and data 64 bytes after it.
+        self.slots = tuple(self._slots)
         self._span = span
         self._busy: dict[int, tuple[int, Request]] = {}
 
@@ -45,6 +47,11 @@ class BlockDriver:
     def window(self) -> int:
         """How many requests can be in flight."""
         return len(self._slots) + len(self._busy)
+
+    @property
+    def room(self) -> int:
+        """How many more requests can be in flight."""
+        return len(self._slots)
 
     def submit(self, request: Request, *, kick: bool = True) -> int:
         """Offer one request and return its head; there must be a slot."""

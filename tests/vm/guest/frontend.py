@@ -15,13 +15,16 @@ from .vring import SplitRing
 VERSION_1 = 1 << 32
 PROTOCOL_FEATURES = 1 << 30
 
-MQ, REPLY_ACK, BACKEND_REQ, CONFIG = 1 << 0, 1 << 3, 1 << 5, 1 << 9
+LOG_ALL = 1 << 26
+
+MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG = 1 << 0, 1 << 1, 1 << 3, 1 << 5, 1 << 9
 RESET_DEVICE, MEM_SLOTS, STATUS = 1 << 13, 1 << 15, 1 << 16
 ALL = MQ | REPLY_ACK | BACKEND_REQ | CONFIG | RESET_DEVICE | MEM_SLOTS | STATUS
 
 # fmt: off
 REQUESTS = {
-    "GET_FEATURES": 1, "SET_FEATURES": 2, "SET_OWNER": 3, "SET_MEM_TABLE": 5, "SET_VRING_NUM": 8,
+    "GET_FEATURES": 1, "SET_FEATURES": 2, "SET_OWNER": 3, "SET_MEM_TABLE": 5, "SET_LOG_BASE": 6,
+    "SET_VRING_NUM": 8,
     "SET_VRING_ADDR": 9, "SET_VRING_BASE": 10, "GET_VRING_BASE": 11, "SET_VRING_KICK": 12,
     "SET_VRING_CALL": 13, "SET_VRING_ERR": 14, "GET_PROTOCOL_FEATURES": 15,
     "SET_PROTOCOL_FEATURES": 16, "GET_QUEUE_NUM": 17, "SET_VRING_ENABLE": 18,
@@ -140,6 +143,20 @@ class Frontend:
         fds = [m.fd for m in memories]
         self.tell("SET_MEM_TABLE", struct.pack("=II", len(table), 0) + b"".join(table), fds)
 
+    def log_to(self, fd: int, size: int) -> None:
+        """SET_LOG_BASE: the dirty log is in the first bytes of a file."""
+        self.send("SET_LOG_BASE", struct.pack("=QQ", size, 0), [fd])
+        self.receive("SET_LOG_BASE")
+
+    def log_writes(self, on: bool) -> None:
+        """LOG_ALL."""
+        self.features = self.features | LOG_ALL if on else self.features & ~LOG_ALL
+        self.tell_u64("SET_FEATURES", self.features)
+
+    def log_used(self, index: int, ring: SplitRing) -> None:
+        """SET_VRING_ADDR again, with the used ring logged where it is."""
+        self.tell("SET_VRING_ADDR", _addresses(index, ring, logged=True))
+
     def add_region(self, memory: Memory) -> None:
         region = struct.pack("=QQQQQ", 0, memory.guest, memory.size, memory.user, 0)
         self.tell("ADD_MEM_REG", region, [memory.fd])
@@ -150,11 +167,9 @@ class Frontend:
 
     def set_ring(self, index: int, ring: SplitRing, *, base: int = 0) -> None:
         """Size, base, addresses, kick and call of a vring."""
-        user = ring.memory.user
         self.tell_state("SET_VRING_NUM", index, ring.size)
         self.tell_state("SET_VRING_BASE", index, base)
-        areas = (user + ring.descriptors, user + ring.used, user + ring.avail, 0)
-        self.tell("SET_VRING_ADDR", struct.pack("=IIQQQQ", index, 0, *areas))
+        self.tell("SET_VRING_ADDR", _addresses(index, ring, logged=False))
         self.tell("SET_VRING_KICK", struct.pack("=Q", index), [ring.kick_fd])
         self.tell("SET_VRING_CALL", struct.pack("=Q", index), [ring.call_fd])
 
@@ -199,6 +214,12 @@ class Frontend:
         """Wait until the back-end closes the connection."""
         with contextlib.suppress(ConnectionError):
             assert self.sock.recv(1) == b"", "there was something left to read"
+
+
+def _addresses(index: int, ring: SplitRing, *, logged: bool) -> bytes:
+    user, log = ring.memory.user, ring.memory.guest + ring.used if logged else 0
+    areas = (user + ring.descriptors, user + ring.used, user + ring.avail, log)
+    return struct.pack("=IIQQQQ", index, int(logged), *areas)
 
 
 class _hang_ups(contextlib.ContextDecorator):

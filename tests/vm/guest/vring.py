@@ -23,14 +23,19 @@ class Buffer:
 
 
 class SplitRing:
-    """A split vring in `memory`, with its eventfds. Addresses are offsets in that memory."""
+    """A split vring in `memory`, with its eventfds. Addresses are offsets in that memory.
 
-    def __init__(self, memory: Memory, size: int = 256, *, start: int = 0) -> None:
+    The used ring begins at a multiple of `used_align`.
+    """
+
+    def __init__(
+        self, memory: Memory, size: int = 256, *, start: int = 0, used_align: int = 4
+    ) -> None:
         self.memory = memory
         self.size = size
         self.descriptors = memory.take(16 * size, 16)
         self.avail = memory.take(6 + 2 * size, 2)
-        self.used = memory.take(6 + 8 * size, 4)
+        self.used = memory.take(6 + 8 * size, used_align)
         self.kick_fd = self.call_fd = -1
         self.new_eventfds()
         self._free = list(range(size))
