@@ -6,15 +6,18 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import trio
 
-from vhostbridge.backends import open_device
+from vhostbridge.backends import check_backend, open_device
 from vhostbridge.backends.device import Device
 from vhostbridge.backends.errors import (
     BridgeError,
+    ConfigError,
     InvalidTransition,
     StateError,
+    TargetError,
     find_bridge_error,
 )
 from vhostbridge.backends.fds import OwnedFd
@@ -31,16 +34,21 @@ from .config import BridgeConfig
 from .endpoint import open_endpoint
 from .handlers import HANDLERS
 from .incoming import disagreements
+from .quiet import either
 from .session import Session
 from .shadow import with_shadow
 from .state_transfer import Progress, load_device, misfits, save_device
-from .status import BridgeStatus
+from .status import BridgeStatus, SwitchReport
 from .survey import survey
+from .switch import Opened, hindrances, switch
 
 _log = logging.getLogger("vhostbridge.daemon")
 
 # A back-end that went away is looked for this often, in seconds.
 RETRY = 0.5
+
+# How long a back-end to switch to may take until it is there, in seconds.
+OPENING = 10.0
 
 
 class Bridge:
@@ -54,7 +62,7 @@ class Bridge:
     def __init__(self, config: BridgeConfig) -> None:
         self.config = config
         self.name = config.name
-        self._device: Device | None = None
+        self._opened: Opened | None = None
         self._session: Session | None = None
         self._front_end: int | None = None
         self._incoming: DeviceState | None = None
@@ -85,38 +93,60 @@ class Bridge:
 
     # Opens the device, and again whenever it failed; a front-end may wait for it.
     async def _keep_device(self, task_status: trio.TaskStatus[None]) -> None:
-        opened = False
         told = ""
+        first = True
         with self._keeping:
-            while True:
-                try:
-                    async with (
-                        open_device(self.config.backend, self.config.device_id) as inner,
-                        with_shadow(
-                            inner, self.config.tracking, always=self.config.shadow
-                        ) as device,
-                    ):
+            async with trio.open_nursery() as self._devices:
+                while True:
+                    try:
+                        one: Opened = await self._devices.start(self._hold_open, self.config)
                         self._keeping.shield = True
-                        await self._take(device)
-                        if not opened:
+                        await self._take(one)
+                        if first:
                             await self._load_incoming()
-                            opened = True
+                            first = False
                             task_status.started()
                         _log.info("%s: %s is ready", self.name, self.config.backend)
                         told = ""
-                        await device.failed.wait()
-                        _log.error("%s: the back-end failed: %s", self.name, device.failure)
-                        await self._give_up_device()
-                except (BridgeError, BaseExceptionGroup) as error:
-                    cause = find_bridge_error(error)
-                    if cause is None or not opened:
-                        raise
-                    if str(cause) != told:
-                        told = str(cause)
-                        _log.warning("%s: waiting for the back-end: %s", self.name, cause)
-                finally:
-                    self._keeping.shield = False
-                await trio.sleep(RETRY)
+                        await self._until_closed()
+                    except (BridgeError, BaseExceptionGroup) as error:
+                        cause = find_bridge_error(error)
+                        if cause is None or first:
+                            raise
+                        if str(cause) != told:
+                            told = str(cause)
+                            _log.warning("%s: waiting for the back-end: %s", self.name, cause)
+                    finally:
+                        self._keeping.shield = False
+                    await trio.sleep(RETRY)
+
+    # A switch may put another one in the place of the one that is waited for.
+    async def _until_closed(self) -> None:
+        while (one := self._opened) is not None:
+            await one.closed.wait()
+
+    # Keeps a device open until it fails or is let go.
+    async def _hold_open(self, config: BridgeConfig, task_status: trio.TaskStatus[Opened]) -> None:
+        one: Opened | None = None
+        try:
+            async with (
+                open_device(config.backend, config.device_id) as inner,
+                with_shadow(inner, config.tracking, always=config.shadow) as device,
+            ):
+                one = Opened(device, config)
+                task_status.started(one)
+                await either(device.failed, one.let_go)
+                if one is self._opened:
+                    _log.error("%s: the back-end failed: %s", self.name, device.failure)
+                    await self._give_up_device()
+        except (BridgeError, BaseExceptionGroup) as error:
+            cause = find_bridge_error(error)
+            if cause is None or one is None:
+                raise
+            _log.warning("%s: closing %s: %s", self.name, config.backend, cause)
+        finally:
+            if one is not None:
+                one.closed.set()
 
     async def _load_incoming(self) -> None:
         path = self.config.incoming
@@ -131,23 +161,23 @@ class Bridge:
         if reasons:
             raise StateError(f"the state does not fit {self.config.backend}: {'; '.join(reasons)}")
 
-    async def _take(self, device: Device) -> None:
+    async def _take(self, one: Opened) -> None:
         async with self._lock:
             if self._session is not None and self._session.awaiting:
-                await self._session.attach(device)
-            self._device = device
+                await self._session.attach(one.device)
+            self._opened = one
             self._there.set()
 
     # With the lock: nobody works on it any more when it is closed.
     async def _give_up_device(self) -> None:
         async with self._lock:
-            self._device = self._incoming = None
+            self._opened = self._incoming = None
             self._there = trio.Event()
 
     async def _available(self) -> Device:
-        while self._device is None:
+        while self._opened is None:
             await self._there.wait()
-        return self._device
+        return self._opened.device
 
     async def _serve_one(self, sock: trio.socket.SocketType, device: Device) -> None:
         channel = Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end")
@@ -179,7 +209,8 @@ class Bridge:
 
     def status(self) -> BridgeStatus:
         """What is known at this moment, from the device, the front-end and guest memory."""
-        return survey(self.config, self._device, self._session, self._front_end, self._incoming)
+        device = None if self._opened is None else self._opened.device
+        return survey(self.config, device, self._session, self._front_end, self._incoming)
 
     async def suspend(self) -> None:
         """Freeze the device; its front-end stays connected and its requests wait.
@@ -256,6 +287,42 @@ class Bridge:
         _log.info("%s: loaded a state of %s", self.name, state.producer)
         return []
 
+    async def switch(self, backend: str, *, dry_run: bool) -> SwitchReport:
+        """Go over to another back-end; the front-end sees a pause only.
+
+        Raises:
+            BridgeError: the other one can't be opened, or failed on the way: the device goes on as
+                before, or is FAILED and says why.
+        """
+        scheme, _ = check_backend(backend)
+        if scheme == "vhost-user-fd":
+            raise ConfigError("descriptors are inherited at the start only", "name a socket")
+        # It has to be the same kind of device, and a vhost-user back-end does not say.
+        device_id = None if scheme == "vdpa" else self._open_device().info.device_id
+        config = replace(self.config, backend=backend, device_id=device_id, incoming=None)
+        report = SwitchReport()
+        began = trio.current_time()
+        with trio.move_on_after(OPENING) as opening:
+            one: Opened = await self._devices.start(self._hold_open, config)
+        if opening.cancelled_caught:
+            raise TargetError(f"{backend} did not answer within {OPENING:g} s", "is it busy?")
+        before: Opened | None = one
+        try:
+            async with self._operation() as device:
+                report.reasons = await hindrances(device, one.device, self._session)
+                report.prepare = trio.current_time() - began
+                if not dry_run and not report.reasons:
+                    await switch(device, one.device, self._session, report)
+                    before, self._opened, self.config = self._opened, one, config
+        finally:
+            if before is not None:
+                with trio.CancelScope(shield=True):
+                    await before.close()
+        report.state = self.status().state
+        if report.moved:
+            _log.info("%s: switched to %s, pause %s", self.name, backend, report.told)
+        return report
+
     async def _reasons(self, device: Device, state: DeviceState) -> list[str]:
         reasons = await misfits(device, state)
         if self._session is not None:
@@ -281,8 +348,8 @@ class Bridge:
             yield self._open_device()
 
     def _open_device(self) -> Device:
-        if self._device is None:
+        if self._opened is None:
             raise InvalidTransition(
                 f"{self.config.backend} is not there at the moment", "the log says what happened"
             )
-        return self._device
+        return self._opened.device

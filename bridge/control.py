@@ -23,7 +23,7 @@ from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.vhostuser.sockets import listen, unlisten
 
 from .config import control_folder
-from .status import BridgeStatus, to_wire
+from .status import BridgeStatus, SwitchReport, to_wire
 from .varlink import (
     Answering,
     Interface,
@@ -72,6 +72,9 @@ class Controlled(Protocol):
         An empty list: it was loaded, or with ``dry_run`` would be. Otherwise nothing was done.
         """
 
+    async def switch(self, backend: str, *, dry_run: bool) -> SwitchReport:
+        """Go over to another back-end, or tell why that can't be."""
+
 
 class Control:
     """The methods, for the bridges of one daemon."""
@@ -95,6 +98,14 @@ class Control:
                 "Save": Method({"name": name, **file}, self._save),
                 "Load": Method(
                     {"name": name, **file, "dryRun": Parameter(bool, optional=True)}, self._load
+                ),
+                "Switch": Method(
+                    {
+                        "name": name,
+                        "backend": Parameter(str),
+                        "dryRun": Parameter(bool, optional=True),
+                    },
+                    self._switch,
                 ),
             },
         )
@@ -174,6 +185,23 @@ class Control:
         if reasons and not dry_run:
             raise _error("Incompatible", reasons=reasons)
         return reply(True, reasons)
+
+    async def _switch(self, answering: Answering) -> Values:
+        bridge = self._bridge(answering)
+        given = answering.call.parameters
+        dry_run = given.get("dryRun") is True
+        backend = str(given["backend"])
+        _tell(answering, bridge, f" to {backend}" + (" (dry run)" if dry_run else ""))
+        report = await _refusing(bridge.switch(backend, dry_run=dry_run))
+        if report.reasons and not dry_run:
+            raise _error("Incompatible", reasons=report.reasons)
+        return {
+            "reasons": report.reasons,
+            "state": report.state,
+            "prepare": report.prepare,
+            "pause": report.pause,
+            "phases": report.phases,
+        }
 
 
 def description() -> str:

@@ -14,7 +14,7 @@ from vhostbridge.backends.errors import BridgeError, TargetError, TransportLost
 from vhostbridge.backends.fds import OwnedFd
 
 from .config import control_folder
-from .status import BridgeStatus, from_wire
+from .status import BridgeStatus, SwitchReport, from_wire
 from .varlink import (
     ANCILLARY,
     Call,
@@ -106,6 +106,23 @@ class ControlClient:
         call = Call(f"{INTERFACE}.Load", parameters, more=True, fds=(source,))
         message = self._call(call, None, progress)
         return str(message["state"]), [str(reason) for reason in message["reasons"]]
+
+    def switch(self, name: str, backend: str, *, dry_run: bool = False) -> SwitchReport:
+        """Have a bridge go over to another back-end, or (dry run) tell why not.
+
+        Raises:
+            Incompatible: it can't, and was to.
+            BridgeError: what else the daemon answered; the device goes on as before.
+        """
+        parameters = {"name": name, "backend": backend, "dryRun": dry_run}
+        answer = self._call(Call(f"{INTERFACE}.Switch", parameters), None, lambda count: None)
+        return SwitchReport(
+            reasons=_words(answer, "reasons"),
+            moved=not dry_run,
+            prepare=answer["prepare"],
+            phases=answer["phases"],
+            state=str(answer["state"]),
+        )
 
     def _ask(self, method: str, timeout: float | None = PATIENCE, **parameters: str | None) -> Any:
         return self._call(Call(f"{INTERFACE}.{method}", parameters), timeout, lambda count: None)

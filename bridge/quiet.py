@@ -27,3 +27,15 @@ async def message_comes_first(channel: int, kicks: Iterable[int]) -> bool:
             for number in set(kicks):
                 nursery.start_soon(wait, number, False)
     return first
+
+
+async def either(*events: trio.Event) -> None:
+    """Wait for one of several events."""
+    async with trio.open_nursery() as nursery:
+
+        async def wait(event: trio.Event) -> None:
+            await event.wait()
+            nursery.cancel_scope.cancel()
+
+        for event in events:
+            nursery.start_soon(wait, event)

@@ -35,7 +35,7 @@ from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature
 from .incoming import arriving, compare_features
 from .memory import MemoryTable
 from .offer import check_features
-from .quiet import message_comes_first
+from .quiet import either, message_comes_first
 from .recovery import last_state
 from .vring import FrontendVring
 
@@ -147,7 +147,9 @@ class Session:
     async def _until_lost(self) -> str:
         while True:
             device = self.device
-            await device.failed.wait()
+            await either(device.failed, self._replaced)
+            if self.device is not device:
+                continue
             if self.awaiting:
                 await self._replaced.wait()
             elif self.device is device:
@@ -366,11 +368,27 @@ class Session:
         await device.set_memory(self.memory.regions)
         if self._kept is not None and self._kept.internal_owner is None and self._kept.vrings:
             device.load(self._kept)
+        await self._follow(device)
+        await self._recovering(self.apply)
+
+    async def move_to(self, device: Device) -> None:
+        """Go over to ``device``, which was loaded with the state of the suspended one before it.
+
+        Raises:
+            BridgeError: it does not run; it is this session's device nevertheless.
+        """
+        await self._follow(device)
+        if self.held:
+            self._kept = await device.capture()
+        await self.apply()
+
+    async def _follow(self, device: Device) -> None:
+        self.device.on_config_change = lambda: None
         self.device = device
         self._listen_to_device()
         self._replaced.set()
         self._replaced = trio.Event()
-        await self._recovering(self.apply)
+        await self.update_log(self.log_to)
 
     def forget_vrings(self) -> None:
         """After a reset: vrings have no positions and don't run; their calls stay."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -58,6 +58,36 @@ class BridgeStatus:
     status: int
     capabilities: Mapping[str, Mapping[str, str]]
     vrings: tuple[VringStatus, ...]
+
+
+@dataclass(slots=True)
+class SwitchReport:
+    """How a switch went.
+
+    Attributes:
+        reasons: why the other back-end can't take over; nothing was done then.
+        moved: whether it did.
+        prepare: seconds before the pause.
+        phases: the parts of the pause by name, in seconds, in their order.
+        state: of the device afterwards.
+    """
+
+    reasons: list[str] = field(default_factory=list)
+    moved: bool = False
+    prepare: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    state: str = ""
+
+    @property
+    def pause(self) -> float:
+        """Seconds in which no request was processed."""
+        return sum(self.phases.values())
+
+    @property
+    def told(self) -> str:
+        """The pause and its parts, for people."""
+        parts = ", ".join(f"{name} {took * 1000:.1f}" for name, took in self.phases.items())
+        return f"{self.pause * 1000:.1f} ms ({parts})"
 
 
 # Members have camel case on the wire, as varlink's own have.

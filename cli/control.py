@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -19,6 +19,7 @@ from .common import (
     F,
     complain,
     complete_bridge,
+    complete_target,
     debug_option,
     json_option,
     print_json,
@@ -243,11 +244,59 @@ def load(name: str, file: str, dry_run: bool, control: Path | None, as_json: boo
     elif fits:
         click.echo(f"{name}: the state fits" if dry_run else f"{name}: loaded, {state}")
     if reasons:
-        count = f"{len(reasons)} reasons" if len(reasons) > 1 else "one reason"
-        complain(f"{name} can't take the state of {file} over, for {count}:", "")
-        for reason in reasons:
-            click.echo(f"  {reason}", err=True)
-        sys.exit(REFUSED)
+        _complain_of_reasons(f"{name} can't take the state of {file} over", reasons)
+
+
+def _complain_of_reasons(what: str, reasons: list[str]) -> NoReturn:
+    count = f"{len(reasons)} reasons" if len(reasons) > 1 else "one reason"
+    complain(f"{what}, for {count}:", "")
+    for reason in reasons:
+        click.echo(f"  {reason}", err=True)
+    sys.exit(REFUSED)
+
+
+@click.command()
+@_name_argument
+@click.argument("backend", metavar="BACKEND", shell_complete=complete_target)
+@click.option("--dry-run", is_flag=True, help="Only tell whether it would work, and all why not.")
+@_control_option
+@json_option
+@debug_option
+def switch(name: str, backend: str, dry_run: bool, control: Path | None, as_json: bool) -> None:
+    """Move a running VM's device to another back-end.
+
+    BACKEND is written as for "serve", on the same transport or the other one. Both have to reach
+    the same disk or network. It is opened, compared and given the guest's memory while the guest
+    runs; then the guest's requests wait for as long as it takes to suspend the one and start the
+    other. If anything fails the old one goes on. The daemon's configuration file is not changed.
+
+    If the other back-end can't take over, all the reasons are told, nothing is done, and the exit
+    code is 1, with --dry-run too.
+
+    \b
+    Examples:
+      vhost-bridge switch vm1 vdpa:blk0 --dry-run
+      vhost-bridge switch vm1 vdpa:blk0
+      vhost-bridge switch vm1 vhost-user:/run/storage.sock
+    """
+    from vhostbridge.bridge.control_client import Incompatible, daemon_of
+    from vhostbridge.bridge.status import SwitchReport
+
+    with daemon_of(name, control) as daemon:
+        try:
+            report = daemon.switch(name, backend, dry_run=dry_run)
+        except Incompatible as error:
+            report = SwitchReport(reasons=error.reasons)
+    if as_json:
+        times = {"prepare": report.prepare, "pause": report.pause, "phases": report.phases}
+        fits = {"fits": not report.reasons, "reasons": report.reasons, "switched": report.moved}
+        print_json({"name": name, "backend": backend, **fits, "state": report.state, **times})
+    elif report.moved:
+        click.echo(f"{name}: {backend}, {report.state}, after a pause of {report.told}")
+    elif not report.reasons:
+        click.echo(f"{name}: {backend} can take over")
+    if report.reasons:
+        _complain_of_reasons(f"{backend} can't take {name} over", report.reasons)
 
 
 @contextmanager
@@ -272,4 +321,4 @@ def _whole(source: OwnedFd) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
-COMMANDS = (status, suspend, resume, reset, save, load)
+COMMANDS = (status, suspend, resume, reset, save, load, switch)

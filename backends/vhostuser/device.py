@@ -227,16 +227,13 @@ class VhostUserDevice(Device):
         except BridgeError as second:
             self.fail(f"{error}; going back failed too: {second}")
 
-    # QEMU's order: features, rings, enable, status.
+    # QEMU's order: features, rings, status.
     async def _start(self, features: int, vrings: Sequence[VringSetup]) -> None:
         if not self._rings:
             await self._set_features(features)
             await self._add_status(Status.FEATURES_OK)
         for vring in vrings:
             await self._program(vring)
-        for vring in vrings if self._has_protocol else ():
-            enable = VringState(vring.index, int(vring.enabled))
-            await self._client.request(Request.SET_VRING_ENABLE, enable)
         await self._add_status(
             Status.ACKNOWLEDGE | Status.DRIVER | Status.DRIVER_OK | Status.FEATURES_OK
         )
@@ -265,7 +262,8 @@ class VhostUserDevice(Device):
             assert isinstance(status, U64)
             await self._client.request(Request.SET_STATUS, U64(status.value | bits))
 
-    # In QEMU's order; back-ends start a ring when its kick arrives.
+    # Back-ends start a ring when its kick arrives, qemu-storage-daemon even one that is disabled.
+    # So the kick is last: before it nothing was taken, and another device can go on instead.
     async def _program(self, vring: VringSetup) -> None:
         request = self._client.request
         index = vring.index
@@ -275,6 +273,8 @@ class VhostUserDevice(Device):
         if vring.err is not None:
             await self._send_fd(Request.SET_VRING_ERR, index, vring.err)
         await self._send_fd(Request.SET_VRING_CALL, index, vring.call)
+        if self._has_protocol:
+            await request(Request.SET_VRING_ENABLE, VringState(index, int(vring.enabled)))
         # From the kick on it runs, whether or not we get to see the answer.
         self._rings[index] = vring
         self._stopped.pop(index, None)

@@ -14,7 +14,7 @@ import trio
 from vhostbridge.backends.errors import BridgeError
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.bridge.control import Controlled, serve_control
-from vhostbridge.bridge.status import BridgeStatus, VringStatus
+from vhostbridge.bridge.status import BridgeStatus, SwitchReport, VringStatus
 
 STATE = b"state of a device" * 100
 
@@ -115,6 +115,12 @@ class FakeBridge:
         if not self.reasons and not dry_run:
             self.loaded, self.state = data, "suspended"
         return self.reasons
+
+    async def switch(self, backend: str, *, dry_run: bool) -> SwitchReport:
+        await self._operate(f"switch to {backend}" + " (dry run)" * dry_run)
+        done = not self.reasons and not dry_run
+        phases = {"suspend": 0.001, "state": 0.0005, "resume": 0.002} if done else {}
+        return SwitchReport(self.reasons, done, 0.01, phases, self.state)
 
 
 def _read_all(number: int) -> bytes:
