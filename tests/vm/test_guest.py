@@ -13,6 +13,9 @@ SOAK = (
     "libblkio_suspended_at_any_moment",
     "numbered_frames_over_suspends",
     "shadow_vrings_come_and_go_under_load",
+    "block_between_vdpa_devices_on_one_store",
+    "block_between_vdpa_and_vhost_user",
+    "numbered_frames_between_vdpa_devices",
 )
 MODULES = sorted(path.stem for path in GUEST.glob("checks_*.py"))
 
