@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.unit.commands import Ran, Run
+from vhostbridge import cli as command_line
 
 # Two shared cores: a slow example says nothing about the code, and runs must repeat.
 settings.register_profile(
@@ -42,3 +47,16 @@ def no_descriptor_leaks() -> Iterator[None]:
         gc.collect()
         after = open_descriptors()
     assert after == before
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    def call(*argv: str | Path) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["vhost-bridge", *map(str, argv)])
+        with pytest.raises(SystemExit) as exit_:
+            command_line.main()
+        shown = capfd.readouterr()
+        assert isinstance(exit_.value.code, int)
+        return Ran(exit_.value.code, shown.out, shown.err)
+
+    return call

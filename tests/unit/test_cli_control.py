@@ -8,41 +8,19 @@ import re
 import socket
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
+from tests.unit.commands import Ran, Run
 from tests.unit.controlled import STATE, FakeBridge, daemon
-from vhostbridge import cli as command_line
 from vhostbridge.backends.errors import InvalidTransition, TransportLost
 from vhostbridge.backends.state import DeviceState, Encoder, VringState
 from vhostbridge.backends.virtio import DeviceId
 from vhostbridge.bridge import completion
 from vhostbridge.cli import common
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*argv: str | Path) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["vhost-bridge", *map(str, argv)])
-        with pytest.raises(SystemExit) as exit_:
-            command_line.main()
-        shown = capfd.readouterr()
-        assert isinstance(exit_.value.code, int)
-        return Ran(exit_.value.code, shown.out, shown.err)
-
-    return call
 
 
 @pytest.fixture(autouse=True)
