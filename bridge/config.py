@@ -121,7 +121,8 @@ def load_config(path: Path) -> DaemonConfig:
         ConfigError: it can't be read, is no TOML, or a bridge in it is wrong.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -132,7 +133,7 @@ def load_config(path: Path) -> DaemonConfig:
         raise ConfigError(f"{path}: expected [[bridge]] tables, control and nothing else")
     if not (isinstance(control, bool) or (isinstance(control, str) and control)):
         raise ConfigError(f"{path}: control must be a path, or false for no control socket")
-    bridges = [_bridge(path, number, table) for number, table in enumerate(tables, 1)]
+    bridges = [_bridge(_Place(path, text, n), table) for n, table in enumerate(tables, 1)]
     for key in ("name", "listen"):
         seen = [getattr(bridge, key) for bridge in bridges if getattr(bridge, key) is not None]
         twice = {value for value in seen if seen.count(value) > 1}
@@ -143,19 +144,39 @@ def load_config(path: Path) -> DaemonConfig:
     return DaemonConfig(bridges=bridges, control=usual_control(path.stem) if control else None)
 
 
-def _bridge(path: Path, number: int, table: object) -> BridgeConfig:
-    where = f"{path}: bridge {number}"
+_TABLE = re.compile(r"\s*\[\[\s*bridge\s*\]\]")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    path: Path
+    text: str
+    number: int
+
+    # With the line of a key, or of the table, where the file is written in the usual way.
+    def __call__(self, key: str = "") -> str:
+        lines = self.text.splitlines()
+        heads = [at for at, line in enumerate(lines, 1) if _TABLE.match(line)]
+        if self.number > len(heads):
+            return f"{self.path}: bridge {self.number}"
+        head, *after = [*heads[self.number - 1 :], len(lines) + 1]
+        pattern = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
+        found = [at for at in range(head + 1, after[0]) if key and pattern.match(lines[at - 1])]
+        return f"{self.path}, line {[*found, head][0]}: bridge {self.number}"
+
+
+def _bridge(place: _Place, table: object) -> BridgeConfig:
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{where} is no table")
+        raise ConfigError(f"{place()} is no table")
     for key, value in table.items():
         kind = _KEYS.get(key)
         if kind is None:
-            raise ConfigError(f"{where}: unknown key {key!r}", f"known: {', '.join(_KEYS)}")
+            raise ConfigError(f"{place(key)}: unknown key {key!r}", f"known: {', '.join(_KEYS)}")
         if type(value) is not kind:
-            raise ConfigError(f"{where}: {key} must be a {kind.__name__}")
+            raise ConfigError(f"{place(key)}: {key} must be a {kind.__name__}")
     missing = {"name", "backend"} - table.keys()
     if missing:
-        raise ConfigError(f"{where}: {sorted(missing)[0]} is missing")
+        raise ConfigError(f"{place()}: {sorted(missing)[0]} is missing")
     try:
         return BridgeConfig(
             name=table["name"],
@@ -169,4 +190,4 @@ def _bridge(path: Path, number: int, table: object) -> BridgeConfig:
             shadow=table.get("shadow", False),
         )
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error.message}", error.hint) from None
+        raise ConfigError(f"{place()}: {error.message}", error.hint) from None

@@ -1,16 +1,21 @@
-"""The daemon: bridges side by side, each in a nursery of its own."""
+"""The daemon: bridges side by side, each with a life of its own."""
 
 from __future__ import annotations
 
 import logging
 import resource
 import signal
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 import trio
 
+from vhostbridge.backends.errors import BridgeError, find_bridge_error
+
 from .bridge import Bridge
-from .config import DaemonConfig
+from .config import BridgeConfig, DaemonConfig
+from .notify import Notifier
 
 _log = logging.getLogger("vhostbridge.daemon")
 
@@ -25,30 +30,119 @@ def raise_memlock() -> None:
             return
 
 
-async def serve(config: DaemonConfig) -> None:
+async def serve(config: DaemonConfig, again: Callable[[], DaemonConfig] | None = None) -> None:
     """Run bridges until SIGTERM or SIGINT; devices are suspended and reset before it returns.
+
+    At SIGHUP ``again`` tells the configuration anew; bridges that are the same there go on.
 
     Raises:
         BridgeError: a bridge could not start; the others are stopped again.
     """
     raise_memlock()
-    bridges = [Bridge(one) for one in config.bridges]
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    notifier = Notifier()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    with trio.open_signal_receiver(*numbers) as signals:
         async with trio.open_nursery() as nursery:
-
-            async def stop_on_signal() -> None:
-                async for number in signals:
-                    _log.info("stopping: %s", signal.Signals(number).name)
-                    nursery.cancel_scope.cancel()
-
             async with trio.open_nursery() as running:
-                nursery.start_soon(stop_on_signal)
-                for bridge in bridges:
-                    await running.start(bridge.run)
+                daemon = _Daemon(config, running, notifier)
+                nursery.start_soon(daemon.obey, signals, again, nursery.cancel_scope)
+                for one in config.bridges:
+                    await daemon.start(one)
                 if config.control is not None:
                     from .control import serve_control
 
-                    named = {bridge.name: bridge for bridge in bridges}
-                    await nursery.start(serve_control, config.control, named)
-                _log.info("serving %d bridge%s", len(bridges), "s" if len(bridges) > 1 else "")
+                    await nursery.start(serve_control, config.control, daemon.bridges)
+                nursery.start_soon(notifier.keep_alive)
+                _log.info(daemon.told)
+                notifier.ready(daemon.told)
             nursery.cancel_scope.cancel()
+
+
+@dataclass(slots=True)
+class _Running:
+    config: BridgeConfig
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    ended: trio.Event = field(default_factory=trio.Event)
+
+
+class _Daemon:
+    def __init__(self, config: DaemonConfig, nursery: trio.Nursery, notifier: Notifier) -> None:
+        self._config = config
+        self._nursery = nursery
+        self._notifier = notifier
+        self._running: dict[str, _Running] = {}
+        self._reloading = trio.Lock()
+        self.bridges: dict[str, Bridge] = {}
+
+    @property
+    def told(self) -> str:
+        count = len(self.bridges)
+        return f"serving {count} bridge{'' if count == 1 else 's'}"
+
+    async def start(self, config: BridgeConfig) -> None:
+        bridge, one = Bridge(config), _Running(config)
+
+        async def run(task_status: trio.TaskStatus[None]) -> None:
+            try:
+                with one.scope:
+                    await bridge.run(task_status)
+            finally:
+                one.ended.set()
+
+        await self._nursery.start(run)
+        self._running[config.name] = one
+        self.bridges[config.name] = bridge
+
+    async def _stop(self, name: str) -> None:
+        del self.bridges[name]
+        one = self._running.pop(name)
+        one.scope.cancel()
+        await one.ended.wait()
+
+    async def obey(
+        self,
+        signals: AsyncIterator[int],
+        again: Callable[[], DaemonConfig] | None,
+        scope: trio.CancelScope,
+    ) -> None:
+        async for number in signals:
+            if number == signal.SIGHUP:
+                # A back-end may keep it waiting, which must not keep SIGTERM waiting.
+                self._nursery.start_soon(self._reload, again)
+                continue
+            _log.info("stopping: %s", signal.Signals(number).name)
+            self._notifier.stopping()
+            scope.cancel()
+
+    async def _reload(self, again: Callable[[], DaemonConfig] | None) -> None:
+        if again is None:
+            _log.warning("SIGHUP: there is no configuration file to read again")
+            return
+        async with self._reloading:
+            self._notifier.reloading()
+            try:
+                config = again()
+            except BridgeError as error:
+                _log.error("SIGHUP: nothing changed: %s", error)
+            else:
+                await self._become(config)
+            self._notifier.ready(self.told)
+
+    # What goes is gone before anything comes: sockets and devices may have moved between bridges.
+    async def _become(self, config: DaemonConfig) -> None:
+        wanted = {one.name: one for one in config.bridges}
+        gone = [name for name, one in self._running.items() if wanted.get(name) != one.config]
+        new = [one for one in config.bridges if one.name in gone or one.name not in self._running]
+        if config.control != self._config.control:
+            _log.warning("SIGHUP: another control socket needs a restart")
+        for name in gone:
+            await self._stop(name)
+            _log.info("%s: %s", name, "restarting, it changed" if name in wanted else "removed")
+        for one in new:
+            try:
+                await self.start(one)
+            except (BridgeError, BaseExceptionGroup) as error:
+                if (cause := find_bridge_error(error)) is None:
+                    raise
+                _log.error("%s: not started: %s", one.name, cause)
+        _log.info("reloaded, %s", self.told)

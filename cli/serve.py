@@ -110,6 +110,9 @@ def serve(
 ) -> None:
     """Serve devices to VMMs until SIGTERM or SIGINT.
 
+    At SIGHUP a --config file is read again: bridges that changed there are started anew, those that
+    did not are not touched. A file with a mistake changes nothing.
+
     Each bridge has one front-end socket (exactly one of --listen, --connect and --fd) and one
     device. It serves one VMM at a time; when a VMM leaves, the device is stopped and reset, and
     the next one may come. A back-end that goes away is opened again when it is back.
@@ -158,9 +161,12 @@ def serve(
         raise ConfigError(
             "--control and --no-control exclude each other", "without both the usual one is made"
         )
-    config = _daemon_config(single, config_file)
-    if control is not None or no_control:
-        config = replace(config, control=control)
+
+    def configure() -> DaemonConfig:
+        found = _daemon_config(single, config_file)
+        return replace(found, control=control) if control is not None or no_control else found
+
+    config = configure()
     import logging
 
     import trio
@@ -173,7 +179,7 @@ def serve(
         format="%(levelname)s %(message)s",
         stream=sys.stderr,
     )
-    trio.run(serve_bridges, config)
+    trio.run(serve_bridges, config, configure if config_file is not None else None)
 
 
 def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonConfig:

@@ -92,3 +92,20 @@ def test_file_that_is_not_there(tmp_path: Path) -> None:
 def test_socket_mode_is_three_octal_digits(text: str) -> None:
     with pytest.raises(ConfigError, match="is no socket mode"):
         parse_mode(text)
+
+
+@pytest.mark.parametrize(
+    ("second", "where"),
+    [
+        ('name = "b"\n# a remark\nlistne = "/x"\n', "line 8: bridge 2: unknown key 'listne'"),
+        ('name = "b"\n\n"shadow" = 3\n', "line 8: bridge 2: shadow must be a bool"),
+        ('name = "b"\n', "line 5: bridge 2: backend is missing"),
+    ],
+)
+def test_mistake_is_told_with_its_line(second: str, where: str, tmp_path: Path) -> None:
+    path = tmp_path / "many.toml"
+    first = '[[bridge]]\nname = "a"\nlisten = "/a"\nbackend = "vdpa:a"\n'
+    path.write_text(first + "[[bridge]]\n" + second)
+    with pytest.raises(ConfigError) as told:
+        load_config(path)
+    assert str(told.value).startswith(f"{path}, {where}")
