@@ -1,12 +1,12 @@
-"""``python -m benchmarks [host|model|vm]``: measure and print Markdown tables."""
+"""``python -m benchmarks [host|model|shadow|vm]``: measure and print Markdown tables."""
 
 from __future__ import annotations
 
 import sys
 
-from . import host, model, vm
+from . import host, model, shadow, vm
 
-PARTS = {"host": host.measure, "model": model.measure, "vm": vm.measure}
+PARTS = {"host": host.measure, "model": model.measure, "shadow": shadow.measure, "vm": vm.measure}
 
 
 def main() -> int:
