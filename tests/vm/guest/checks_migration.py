@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 
 from .blk import BLOCK, IN, OUT, BlockDriver, Request, content
+from .checks_model import control
 from .devices import block_device, net_device, serving, simulator_options
 from .frontend import ALL, LOG_SHMFD, VERSION_1, Frontend
 from .memory import PAGE, Memory
@@ -165,6 +166,24 @@ def check_memory_copied_by_the_log_alone() -> None:
             frontend.start([guest.driver.ring], [base])
             guest.settle()
             guest.driver.check_blocks("disk", range(BLOCKS))
+
+
+def check_the_log_goes_on_over_a_switch() -> None:
+    with (
+        simulator_options("", block="shared_backend=1"),
+        block_device("blk1"),
+        block_device("blk2"),
+        serving(("blk", "vdpa:blk1")) as bridge,
+        migrating(bridge.socket) as guest,
+    ):
+        guest.begin()
+        guest.round()
+        with control("blk") as client:
+            assert client.switch("blk", "vdpa:blk2").moved
+        for _ in range(10):
+            guest.round()
+        guest.finish()
+        assert guest.wrong == []
 
 
 def check_a_page_left_out_of_the_log_is_noticed() -> None:
