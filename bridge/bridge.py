@@ -171,6 +171,8 @@ class Bridge:
     # With the lock: nobody works on it any more when it is closed.
     async def _give_up_device(self) -> None:
         async with self._lock:
+            if self._session is not None and self._session.awaiting:
+                _log.info("%s: the front-end waits for the back-end", self.name)
             self._opened = self._incoming = None
             self._there = trio.Event()
 

@@ -37,12 +37,14 @@ from .memory import MemoryTable
 from .offer import check_features
 from .quiet import either, message_comes_first
 from .recovery import last_state
+from .shadow import ShadowDevice
 from .vring import FrontendVring
 
 if TYPE_CHECKING:
     from vhostbridge.backends.state import DeviceState
 
     from .device_state import Transfer
+    from .shadow_rings import ShadowRings
 
 # How long the device may take to stop when its front-end has gone, in seconds. VDUSE gives its
 # processes 30.
@@ -102,6 +104,8 @@ class Session:
         # Where the device stopped: enough for another one, if it has no state of its own.
         self._kept: DeviceState | None = None
         self._lost: Device | None = None
+        # Shadow vrings of a device that is gone.
+        self._in_flight: ShadowRings | None = None
 
     @property
     def packed(self) -> bool:
@@ -171,6 +175,10 @@ class Session:
         started = [v for v in self.vrings.values() if v.ready and v.index in self.device.vrings]
         for vring in started:
             vring.running, vring.base = True, None
+        if isinstance(self.device, ShadowDevice) and self.device.internal_owner is None:
+            self._in_flight = self._in_flight or self.device.hand_over()
+            if self._in_flight is not None:
+                return self.device.state_of(b"")
         return last_state(self.device, [v.index for v in started], self.memory.regions)
 
     async def _serve_messages(self) -> None:
@@ -368,6 +376,9 @@ class Session:
         await device.set_memory(self.memory.regions)
         if self._kept is not None and self._kept.internal_owner is None and self._kept.vrings:
             device.load(self._kept)
+            if self._in_flight is not None and isinstance(device, ShadowDevice):
+                device.take_over(self._in_flight)
+                self._in_flight = None
         await self._follow(device)
         await self._recovering(self.apply)
 
@@ -473,6 +484,8 @@ class Session:
                 self.log_to.close()
             if self.transfer is not None:
                 self.transfer.close()
+            if self._in_flight is not None:
+                self._in_flight.close()
             for vring in self.vrings.values():
                 vring.close()
             close_all(region.fd for region in self.memory.regions)

@@ -52,6 +52,8 @@ class ShadowDevice(Device):
         # The guest's vrings while they pass through shadow ones, and after, until they go straight.
         self._guest: Mapping[int, VringSetup] | None = None
         self._rings: ShadowRings | None = None
+        # Those of a device that is gone, with what was in flight there.
+        self._inherited: ShadowRings | None = None
         # Readable when a vring broke.
         self._broken = new_eventfd()
         # The vrings that run, or ran until the device was suspended.
@@ -211,9 +213,7 @@ class ShadowDevice(Device):
         await self._drop_rings()
         self._map.update(self._memory)
         iova = self._window(memory_size(features, vrings))
-        rings = await trio.to_thread.run_sync(
-            ShadowRings, features, vrings, self._map, iova, self._broken
-        )
+        rings = await self._make_rings(features, vrings, iova)
         try:
             rings.set_log(self._dirty, self._used_logs)
             await self._inner.set_memory([*self._memory, rings.region])
@@ -228,6 +228,32 @@ class ShadowDevice(Device):
             raise
         self._rings, self._guest, self._features = rings, dict(rings.vrings), features
         await signal_eventfds(*(vring.call for vring in vrings))
+
+    async def _make_rings(
+        self, features: int, vrings: Sequence[VringSetup], iova: int
+    ) -> ShadowRings:
+        rings, self._inherited = self._inherited, None
+        if rings is None:
+            return await trio.to_thread.run_sync(
+                ShadowRings, features, vrings, self._map, iova, self._broken
+            )
+        try:
+            await trio.to_thread.run_sync(rings.renew, vrings, self._map, iova, self._broken)
+        except BridgeError:
+            rings.close()
+            raise
+        return rings
+
+    def hand_over(self) -> ShadowRings | None:
+        """The shadow vrings of a device that FAILED, for ``take_over`` of one in its place."""
+        rings, self._rings = self._rings, None
+        if rings is not None:
+            rings.stop()
+        return rings
+
+    def take_over(self, rings: ShadowRings) -> None:
+        """Begin the next ``run`` with what is in flight in these vrings."""
+        self._inherited = rings
 
     # The highest place that no guest memory overlaps.
     def _window(self, size: int) -> int:
@@ -318,6 +344,9 @@ class ShadowDevice(Device):
     async def aclose(self) -> None:
         if self._rings is not None:
             await self._end_rings()
+        if self._inherited is not None:
+            self._inherited.close()
+        self._map.close()
         await self._inner.aclose()
         self._broken.close()
 

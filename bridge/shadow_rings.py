@@ -188,6 +188,30 @@ class ShadowRings:
         """The guest's vrings."""
         return MappingProxyType({index: v.guest for index, v in self._vrings.items()})
 
+    def renew(
+        self, vrings: Sequence[VringSetup], memory: GuestMap, iova: int, broken: OwnedFd
+    ) -> None:
+        """After ``stop``, for another device: it gets what is in flight, before anything else.
+
+        Raises:
+            Unsupported: these vrings are others than before, or not in ``memory``.
+        """
+        layouts = {vring.index: vring.layout for vring in vrings}
+        if layouts != {index: v.guest.layout for index, v in self._vrings.items()}:
+            raise Unsupported("vrings with requests in flight can't change")
+        if not self.set_memory(memory):
+            raise Unsupported("vrings with requests in flight are not in guest memory any more")
+        self._broken = broken
+        moved = iova - self.region.guest_address
+        self.region = replace(self.region, guest_address=iova)
+        for vring in vrings:
+            shadow = self._vrings[vring.index]
+            areas = ("descriptor_area", "driver_area", "device_area")
+            there = {name: getattr(shadow.device, name) + moved for name in areas}
+            shadow.device = replace(shadow.device, enabled=vring.enabled, **there)
+            self.replace_eventfd(vring.index, vring)
+            lib.vb_shadow_renew(shadow.handle, shadow.device.descriptor_area, broken.fileno())
+
     def start(self) -> None:
         """Relay, beginning with what is available.
 

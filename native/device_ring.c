@@ -4,6 +4,7 @@
 #include "shadow.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #define IN_RING UINT32_MAX
 
@@ -144,6 +145,12 @@ static void append(struct device_ring *ring, uint16_t head)
 	ring->inflight++;
 }
 
+static void show(struct device_ring *ring, uint16_t head)
+{
+	store16(ring->driver + 4 + 2 * (ring->available & (ring->size - 1)), head);
+	store16_release(ring->driver + 2, ++ring->available);
+}
+
 uint16_t device_ring_add(struct device_ring *ring, const struct buffer *buffers, uint32_t count)
 {
 	uint16_t head = ring->first_free;
@@ -170,9 +177,41 @@ uint16_t device_ring_add(struct device_ring *ring, const struct buffer *buffers,
 		.sequence = ring->sequence++,
 	};
 	append(ring, head);
-	store16(ring->driver + 4 + 2 * (ring->available & (ring->size - 1)), head);
-	store16_release(ring->driver + 2, ++ring->available);
+	show(ring, head);
 	return head;
+}
+
+/* From the private copies: the device before may have written to the ring. */
+static void put_again(struct device_ring *ring, uint16_t head)
+{
+	const struct inflight *request = &ring->requests[head];
+	uint16_t at = head;
+
+	if (request->table != IN_RING) {
+		put_in_table(ring, head, request->table, &ring->in_tables[request->table],
+			     request->count);
+		return;
+	}
+	for (uint32_t i = 0; i < request->count; i++, at = ring->next[at])
+		store_descriptor(&ring->descriptors[at],
+				 as_descriptor(&ring->buffers[at], i + 1 == request->count,
+					       ring->next[at]));
+}
+
+void device_ring_renew(struct device_ring *ring, uint64_t iova)
+{
+	struct vb_shadow_layout layout;
+
+	vb_shadow_layout(ring->size, ring->pool, &layout);
+	memset(ring->driver, 0, layout.pool - layout.driver_area);
+	ring->pool_iova = iova + layout.pool;
+	ring->available = ring->kicked = ring->used = 0;
+	for (uint16_t at = ring->oldest; at != NO_SLOT; at = ring->requests[at].newer) {
+		if (ring->requests[at].done)
+			continue;
+		put_again(ring, at);
+		show(ring, at);
+	}
 }
 
 int device_ring_take(struct device_ring *ring, uint16_t *head, uint32_t *length, const char **why)

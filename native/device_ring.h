@@ -53,6 +53,8 @@ struct device_ring {
 bool device_ring_init(struct device_ring *ring, uint32_t size, uint32_t pool, bool event_idx,
 		      uint8_t *memory, uint64_t iova);
 void device_ring_free(struct device_ring *ring);
+/* For another device, which sees the ring at iova: it has all requests, and completed none. */
+void device_ring_renew(struct device_ring *ring, uint64_t iova);
 
 /* The request's head; NO_SLOT: there is no room now. It is seen by the device at once. */
 uint16_t device_ring_add(struct device_ring *ring, const struct buffer *buffers, uint32_t count);

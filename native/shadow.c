@@ -255,6 +255,14 @@ int64_t vb_shadow_inflight(struct vb_shadow *shadow, uint16_t *heads, size_t roo
 	return (int64_t)count;
 }
 
+void vb_shadow_renew(struct vb_shadow *shadow, uint64_t iova, int broken)
+{
+	shadow->setup.iova = iova;
+	shadow->setup.broken = broken;
+	shadow->full = false;
+	device_ring_renew(&shadow->device, iova);
+}
+
 int64_t vb_shadow_set_memory(struct vb_shadow *shadow, const struct vb_region *regions, size_t count)
 {
 	struct vb_region *copy = copy_regions(regions, count), *old = NULL;

@@ -78,6 +78,10 @@ int64_t vb_shadow_base(struct vb_shadow *shadow);
 /* After stop: heads (packed: buffer ids) in flight, in the order fetched; returns how many. */
 int64_t vb_shadow_inflight(struct vb_shadow *shadow, uint16_t *heads, size_t room);
 
+/* After stop, when the device is gone: another one begins at the start of its vring, which lies at
+ * iova now, with all that is in flight, in the order fetched. broken: as in the setup. */
+void vb_shadow_renew(struct vb_shadow *shadow, uint64_t iova, int broken);
+
 /* -EFAULT: the vring is not in this memory; nothing changed. */
 int64_t vb_shadow_set_memory(struct vb_shadow *shadow, const struct vb_region *regions,
 			     size_t count);

@@ -255,8 +255,8 @@ static int fetch(unsigned head)
 	CHECK(head < setup.slots);
 	if (d->a & 4) {
 		CHECK(features & INDIRECT);
-		table = (struct desc *)(ring + (d->addr - IOVA));
-		CHECK(d->addr >= IOVA + layout.pool && d->addr + d->len <= IOVA + layout.size);
+		table = (struct desc *)(ring + (d->addr - setup.iova));
+		CHECK(d->addr >= setup.iova + layout.pool && d->addr + d->len <= setup.iova + layout.size);
 		d = table;
 	}
 	r = &requests[(d->addr - GUEST) % (1u << 20) / 1024];
@@ -357,6 +357,23 @@ static void change_over(void)
 	make_shadow((uint32_t)base);
 }
 
+/* The device dies, having written anywhere in its ring; another one gets what was in flight. */
+static void another_device(void)
+{
+	if (rnd(2))
+		device_takes();
+	while (vb_shadow_step(shadow))
+		continue;
+	for (unsigned i = 0; i < layout.size; i++)
+		ring[i] = (unsigned char)rnd(256);
+	setup.iova += 1 << 20;
+	vb_shadow_renew(shadow, setup.iova, -1);
+	for (int slot = 0; slot < SLOTS; slot++)
+		requests[slot].with_device = 0;
+	seen_available = device_used = 0;
+	queued = 0;
+}
+
 static void relay(unsigned long rounds)
 {
 	make_shadow(is_packed() ? 0x80008000 : 0);
@@ -375,6 +392,8 @@ static void relay(unsigned long rounds)
 			reap();
 		else if (rnd(20) == 0)
 			change_over();
+		else if (rnd(20) == 0)
+			another_device();
 		CHECK(!vb_shadow_broken(shadow));
 	}
 	CHECK(returned == submitted);
@@ -406,8 +425,8 @@ static void look_at_device_ring(void)
 		CHECK(head < setup.slots);
 		d = &table[head];
 		if (d->a & 4) {
-			CHECK(d->addr >= IOVA + layout.pool && d->addr + d->len <= IOVA + layout.size);
-			d = table = (struct desc *)(ring + (d->addr - IOVA));
+			CHECK(d->addr >= setup.iova + layout.pool && d->addr + d->len <= setup.iova + layout.size);
+			d = table = (struct desc *)(ring + (d->addr - setup.iova));
 		}
 		for (;; d = &table[d->b]) {
 			CHECK(i++ < 70000);
