@@ -35,9 +35,10 @@ from vhostbridge.backends.vhostuser.specs import BACKEND_SPECS
 from vhostbridge.backends.virtio import TransportFeature
 
 from .device_state import check_device_state, set_device_state_fd
+from .dispatch import Handler
 from .memory import guest_region, table_of
 from .offer import check_features, offered_features, offered_protocol
-from .session import Handler, Session
+from .session import Session
 from .vring import FrontendVring
 
 _LOG_ALL = TransportFeature.LOG_ALL.mask

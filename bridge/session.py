@@ -22,29 +22,24 @@ from vhostbridge.backends.lifecycle import State, Status
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.codec import Message
 from vhostbridge.backends.vhostuser.messages import (
-    U64,
     BackendRequest,
-    Config,
-    Payload,
     ProtocolFeature,
     Request,
 )
-from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
 from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature
 
+from .absence import Absence
+from .dispatch import Handler, dispatch
 from .incoming import arriving, compare_features
 from .memory import MemoryTable
 from .offer import check_features
 from .quiet import either, message_comes_first
-from .recovery import last_state
-from .shadow import ShadowDevice
 from .vring import FrontendVring
 
 if TYPE_CHECKING:
     from vhostbridge.backends.state import DeviceState
 
     from .device_state import Transfer
-    from .shadow_rings import ShadowRings
 
 # How long the device may take to stop when its front-end has gone, in seconds. VDUSE gives its
 # processes 30.
@@ -53,8 +48,6 @@ LEAVE = 35.0
 # How long a front-end's message may wait for a device that went away to be there again, in
 # seconds. QEMU stands still meanwhile.
 PATIENCE = 5.0
-
-Handler = Callable[["Session", Message], Awaitable[Payload | None]]
 
 
 class Session:
@@ -101,11 +94,7 @@ class Session:
         self._nursery: trio.Nursery | None = None
         self._config_changed = trio.Event()
         self._replaced = trio.Event()
-        # Where the device stopped: enough for another one, if it has no state of its own.
-        self._kept: DeviceState | None = None
-        self._lost: Device | None = None
-        # Shadow vrings of a device that is gone.
-        self._in_flight: ShadowRings | None = None
+        self._absence = Absence()
 
     @property
     def packed(self) -> bool:
@@ -164,22 +153,9 @@ class Session:
         """Whether the device is gone and another one, from where it was, would do."""
         if not self.device.failed.is_set():
             return False
-        if self._lost is not self.device:
-            self._lost = self.device
-            if not self.held:
-                self._kept = self._last_state()
-        return self.held or self._kept is not None
-
-    # A vring that was to start may have run already, from where the front-end said.
-    def _last_state(self) -> DeviceState | None:
-        started = [v for v in self.vrings.values() if v.ready and v.index in self.device.vrings]
-        for vring in started:
-            vring.running, vring.base = True, None
-        if isinstance(self.device, ShadowDevice) and self.device.internal_owner is None:
-            self._in_flight = self._in_flight or self.device.hand_over()
-            if self._in_flight is not None:
-                return self.device.state_of(b"")
-        return last_state(self.device, [v.index for v in started], self.memory.regions)
+        absence = self._absence
+        absence.notice(self.device, self.vrings.values(), self.memory.regions, held=self.held)
+        return self.held or absence.state is not None
 
     async def _serve_messages(self) -> None:
         while True:
@@ -200,7 +176,7 @@ class Session:
 
         async def handle() -> None:
             nonlocal done
-            await self._handle(message)
+            await dispatch(self, self._channel, self._handlers, message)
             done = True
 
         if message.request == Request.CHECK_DEVICE_STATE and self.transfer is not None:
@@ -221,44 +197,6 @@ class Session:
         except BridgeError:
             if not self.awaiting:
                 raise
-
-    async def _handle(self, message: Message) -> None:
-        try:
-            handler = self._handlers.get(message.request)
-            self._check_negotiated(message)
-            if handler is None:
-                raise PeerError(
-                    f"the front-end sent {message.name}, which the bridge does not know"
-                )
-            reply = await handler(self, message)
-        except BridgeError as error:
-            refusal = self._refusal(message)
-            if refusal is None or self.device.failed.is_set():
-                raise
-            self.log.warning("%s: refused %s: %s", self.name, message.name, error)
-            reply = refusal
-        if reply is None and self._wants_ack(message):
-            reply = U64(0)
-        if reply is not None:
-            await self._channel.send_reply(message.request, reply)
-
-    def _check_negotiated(self, message: Message) -> None:
-        spec = FRONTEND_SPECS.get(message.request)
-        if spec is not None and spec.needs is not None and spec.needs not in self.protocol:
-            raise PeerError(
-                f"the front-end sent {message.name} without having negotiated {spec.needs.name}"
-            )
-
-    def _wants_ack(self, message: Message) -> bool:
-        spec = FRONTEND_SPECS.get(message.request)
-        native = spec is not None and spec.reply is not None
-        return message.need_reply and not native and ProtocolFeature.REPLY_ACK in self.protocol
-
-    # How to say no; None where the protocol has no way to, and only hanging up is left.
-    def _refusal(self, message: Message) -> Payload | None:
-        if message.request == Request.GET_CONFIG:
-            return Config(0, 0, b"")
-        return U64(1) if self._wants_ack(message) else None
 
     # Keeping the device in step
 
@@ -343,7 +281,7 @@ class Session:
         await self.device.suspend()
         self.held = True
         try:
-            self._kept = await self.device.capture()
+            self._absence.state = await self.device.capture()
         except BridgeError:
             self.held = False
             if ran:
@@ -374,11 +312,7 @@ class Session:
         """
         check_features(device.info, self.features)
         await device.set_memory(self.memory.regions)
-        if self._kept is not None and self._kept.internal_owner is None and self._kept.vrings:
-            device.load(self._kept)
-            if self._in_flight is not None and isinstance(device, ShadowDevice):
-                device.take_over(self._in_flight)
-                self._in_flight = None
+        self._absence.load(device)
         await self._follow(device)
         await self._recovering(self.apply)
 
@@ -390,7 +324,7 @@ class Session:
         """
         await self._follow(device)
         if self.held:
-            self._kept = await device.capture()
+            self._absence.state = await device.capture()
         await self.apply()
 
     async def _follow(self, device: Device) -> None:
@@ -484,8 +418,7 @@ class Session:
                 self.log_to.close()
             if self.transfer is not None:
                 self.transfer.close()
-            if self._in_flight is not None:
-                self._in_flight.close()
+            self._absence.close()
             for vring in self.vrings.values():
                 vring.close()
             close_all(region.fd for region in self.memory.regions)

@@ -1,0 +1,70 @@
+"""A device that went away under its front-end: where it was, and how another one goes on there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from .recovery import last_state
+from .shadow import ShadowDevice
+
+if TYPE_CHECKING:
+    from vhostbridge.backends.device import Device, MemoryRegion
+    from vhostbridge.backends.state import DeviceState
+
+    from .shadow_rings import ShadowRings
+    from .vring import FrontendVring
+
+
+class Absence:
+    """Where a session's device stopped last, or failed. Enough for another one to go on from, if
+    the device has no state of its own."""
+
+    def __init__(self) -> None:
+        #: ``None`` if nobody knows where it was.
+        self.state: DeviceState | None = None
+        # Whose failure has been looked at.
+        self._device: Device | None = None
+        # Shadow vrings of a device that is gone.
+        self._in_flight: ShadowRings | None = None
+
+    def notice(
+        self,
+        device: Device,
+        vrings: Iterable[FrontendVring],
+        regions: list[MemoryRegion],
+        *,
+        held: bool,
+    ) -> None:
+        """Find out, once, where a device was that failed; of one that is ``held`` it is known."""
+        if self._device is not device:
+            self._device = device
+            if not held:
+                self.state = self._last_state(device, vrings, regions)
+
+    # A vring that was to start may have run already, from where the front-end said.
+    def _last_state(
+        self, device: Device, vrings: Iterable[FrontendVring], regions: list[MemoryRegion]
+    ) -> DeviceState | None:
+        started = [v for v in vrings if v.ready and v.index in device.vrings]
+        for vring in started:
+            vring.running, vring.base = True, None
+        if isinstance(device, ShadowDevice) and device.internal_owner is None:
+            self._in_flight = self._in_flight or device.hand_over()
+            if self._in_flight is not None:
+                return device.state_of(b"")
+        return last_state(device, [v.index for v in started], regions)
+
+    def load(self, device: Device) -> None:
+        """Let ``device``, which is RESET, go on from there; not if it has state of its own."""
+        state = self.state
+        if state is None or state.internal_owner is not None or not state.vrings:
+            return
+        device.load(state)
+        if self._in_flight is not None and isinstance(device, ShadowDevice):
+            device.take_over(self._in_flight)
+            self._in_flight = None
+
+    def close(self) -> None:
+        if self._in_flight is not None:
+            self._in_flight.close()
