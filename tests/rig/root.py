@@ -36,6 +36,10 @@ PACKAGES = (
     *("python3", "python3-venv", "socat", "strace"),
     # what builds kernel modules and small C peers
     *("linux-headers-cloud-amd64", "linux-source", "gcc", "libc6-dev", "make", "xz-utils"),
+    # what builds the Debian package, what it depends on, and what starts it
+    *("debhelper", "dh-python", "pybuild-plugin-pyproject", "python3-dev", "python3-cffi"),
+    *("python3-cbor2", "python3-click", "python3-pyroute2", "python3-setuptools", "python3-trio"),
+    *("systemd", "udev"),
 )
 # No initrd is wanted, and static libraries and texts are most of what DPDK and others install.
 EXCLUDED = (
