@@ -1,7 +1,4 @@
-"""A virtio device behind a vhost-user socket: we are the front-end of somebody's back-end.
-
-User addresses are ours to choose: we use guest addresses, so ring addresses need no translation.
-"""
+"""A virtio device behind a vhost-user socket: we are the front-end of somebody's back-end."""
 
 from __future__ import annotations
 
@@ -21,15 +18,13 @@ from vhostbridge.backends.ring_memory import used_index
 from vhostbridge.backends.virtio import TransportFeature
 
 from .client import Client
+from .memory import BackendMemory
 from .messages import (
     LOG_USED,
     U64,
     Config,
     Log,
-    MemReg,
-    MemTable,
     ProtocolFeature,
-    Region,
     Request,
     VringAddr,
     VringFd,
@@ -69,7 +64,7 @@ class VhostUserDevice(Device):
         self.protocol_offered = offered
         self._has_protocol = bool(raw & _PF_BIT)
         self._owner = client.peer_program() or UNKNOWN_OWNER
-        self._regions: dict[tuple[int, int, int, int, int], MemoryRegion] = {}
+        self._memory = BackendMemory(client, info.target, info.region_max, self.fail)
         self._rings: dict[int, VringSetup] = {}
         # Where vrings stopped; each with its base.
         self._stopped: dict[int, VringSetup] = {}
@@ -132,58 +127,7 @@ class VhostUserDevice(Device):
 
     @whole
     async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
-        wanted = {region.key: region for region in regions}
-        if len(wanted) > self.info.region_max:
-            raise Unsupported(
-                f"back-end {self.info.target} takes {self.info.region_max} memory regions, "
-                f"the guest has {len(wanted)}"
-            )
-        if wanted.keys() == self._regions.keys():
-            pass
-        elif self._has(ProtocolFeature.CONFIGURE_MEM_SLOTS):
-            await self._change_slots(wanted)
-            await self._barrier()
-        elif wanted:
-            await self._client.request(
-                Request.SET_MEM_TABLE,
-                MemTable(tuple(_wire_region(r) for r in regions)),
-                [r.fd for r in regions],
-            )
-            await self._barrier()
-        # Descriptors may be new ones for the same memory: the caller keeps only those alive.
-        self._regions = wanted
-
-    # Without acknowledgements a back-end may still be at the memory that we told it to drop; the
-    # answer to any question comes after that.
-    async def _barrier(self) -> None:
-        if not self._has(ProtocolFeature.REPLY_ACK):
-            await self._client.request(Request.GET_FEATURES)
-
-    # What was there before is put back when the back-end refuses a step.
-    async def _change_slots(
-        self, wanted: dict[tuple[int, int, int, int, int], MemoryRegion]
-    ) -> None:
-        before = dict(self._regions)
-        try:
-            await self._go_to_slots(wanted)
-        except PeerError as refusal:
-            try:
-                await self._go_to_slots(before)
-            except BridgeError:
-                self.fail(f"guest memory is neither the old nor the new one: {refusal}")
-            raise
-
-    async def _go_to_slots(
-        self, wanted: dict[tuple[int, int, int, int, int], MemoryRegion]
-    ) -> None:
-        request = self._client.request
-        for key in [key for key in self._regions if key not in wanted]:
-            await request(Request.REM_MEM_REG, MemReg(_wire_region(self._regions[key])))
-            del self._regions[key]
-        for key, region in wanted.items():
-            if key not in self._regions:
-                await request(Request.ADD_MEM_REG, MemReg(_wire_region(region)), [region.fd])
-                self._regions[key] = region
+        await self._memory.change(regions)
 
     # Life
 
@@ -281,9 +225,16 @@ class VhostUserDevice(Device):
         await self._send_fd(Request.SET_VRING_KICK, index, vring.kick)
 
     def _address(self, vring: VringSetup) -> VringAddr:
-        areas = (vring.descriptor_area, vring.device_area, vring.driver_area)
+        user = self._memory.user_address
         log = self._used_logs.get(vring.index)
-        return VringAddr(vring.index, 0 if log is None else LOG_USED, *areas, log or 0)
+        return VringAddr(
+            vring.index,
+            0 if log is None else LOG_USED,
+            user(vring.descriptor_area),
+            user(vring.device_area),
+            user(vring.driver_area),
+            log or 0,
+        )
 
     async def _send_fd(self, request: Request, index: int, fd: OwnedFd | None) -> None:
         fds = [] if fd is None else [fd]
@@ -326,7 +277,7 @@ class VhostUserDevice(Device):
     # qemu-storage-daemon (10.0) answers first: it writes to guest memory for as long as they take.
     async def _drain(self, vring: VringSetup, base: int) -> None:
         deadline = trio.current_time() + DRAIN_SECONDS
-        used = used_index(self._regions.values(), vring)
+        used = used_index(self._memory.regions, vring)
         while used != base:
             if trio.current_time() > deadline:
                 raise Unsupported(
@@ -335,7 +286,7 @@ class VhostUserDevice(Device):
                 )
             # A back-end that broke hangs up at the next message.
             with trio.move_on_after(PROBE):
-                while (used := used_index(self._regions.values(), vring)) != base:  # noqa: ASYNC110
+                while (used := used_index(self._memory.regions, vring)) != base:  # noqa: ASYNC110
                     await trio.sleep(0.0002)
             if used != base:
                 await self._client.request(Request.GET_FEATURES)
@@ -383,8 +334,7 @@ class VhostUserDevice(Device):
         for vring in self._rings.values():
             if old.get(vring.index) != self._used_logs.get(vring.index):
                 await self._client.request(Request.SET_VRING_ADDR, self._address(vring))
-        if not self._has(ProtocolFeature.REPLY_ACK):
-            await self._barrier()
+        await self._memory.barrier()
 
     # State
 
@@ -456,7 +406,3 @@ class VhostUserDevice(Device):
         self.state = State.CLOSED
         self._client.close()
         self._deaf.close()
-
-
-def _wire_region(region: MemoryRegion) -> Region:
-    return Region(region.guest_address, region.size, region.guest_address, region.offset)
