@@ -31,32 +31,24 @@ class Testpmd(Process):
         self.outgoing = [path.with_suffix(".out") for path in incoming]
         files = [f"rx_pcap={path}" for path in incoming]
         files += [f"tx_pcap={path}" for path in self.outgoing]
-        queues = len(incoming)
-        # A thread for each direction of each queue: one that waits for a full ring must not keep
-        # another from emptying one, or both programs wait for each other.
-        threads = 2 * queues
-        lcores = ",".join(f"{i}@{processor}" for i in range(1 + threads))
-        argv = [
-            *("dpdk-testpmd", "--no-huge", "--no-pci", "--single-file-segments", "-m", "256"),
-            *(f"--file-prefix={secrets.token_hex(4)}", "--lcores", lcores),
-            *("--vdev", vdev, "--vdev", f"net_pcap0,{','.join(files)}", "--"),
-            *("-i", "--no-flush-rx", "--total-num-mbufs=8192"),
-            *(f"--rxq={queues}", f"--txq={queues}", f"--nb-cores={threads}"),
-        ]
-        super().__init__(peer_argv(argv, die_with_parent=True), name=f"testpmd {vdev[:12]}")
+        argv = testpmd(vdev, f"net_pcap0,{','.join(files)}", len(incoming), processor)
+        super().__init__(argv, name=f"testpmd {vdev[:12]}")
         self._seen = 0
 
     def __enter__(self) -> Self:
         try:
             self.wait_for_output(READY, 60)
             self._wait_for_prompt()
-            # A ring that is full is waited for: a frame is lost only by those under test.
-            self.tell("set fwd io retry")
-            self.tell("set burst tx delay 50 retry 100000")
+            self._set_up()
         except BaseException:
             self.kill()
             raise
         return self
+
+    # A ring that is full is waited for: a frame is lost only by those under test.
+    def _set_up(self) -> None:
+        self.tell("set fwd io retry")
+        self.tell("set burst tx delay 50 retry 100000")
 
     def tell(self, command: str) -> None:
         """Give a command and wait until it is done: one that comes sooner may be lost."""
@@ -68,6 +60,38 @@ class Testpmd(Process):
     def _wait_for_prompt(self) -> None:
         with suppress(AssertionError):
             self.wait_for_output(PROMPT, 2, start=self._seen)
+
+
+class Uplink(Testpmd):
+    """Forwards between `vdev` and a network interface in the network namespace at `place`.
+
+    Frames that the one or the other has no room for are lost, as on any network.
+    """
+
+    def __init__(self, vdev: str, interface: str, place: Path, *, processor: int) -> None:
+        pcap = f"net_pcap0,rx_iface_in={interface},tx_iface={interface}"
+        argv = ["nsenter", f"--net={place}", *testpmd(vdev, pcap, 1, processor)]
+        Process.__init__(self, argv, name=f"testpmd {interface}")
+        self._seen = 0
+
+    def _set_up(self) -> None:
+        self.tell("set fwd io")
+
+
+def testpmd(vdev: str, other: str, queues: int, processor: int) -> list[str]:
+    """The command that forwards between two virtual devices."""
+    # A thread for each direction of each queue: one that waits for a full ring must not keep
+    # another from emptying one, or both programs wait for each other.
+    threads = 2 * queues
+    lcores = ",".join(f"{i}@{processor}" for i in range(1 + threads))
+    argv = [
+        *("dpdk-testpmd", "--no-huge", "--no-pci", "--single-file-segments", "-m", "256"),
+        *(f"--file-prefix={secrets.token_hex(4)}", "--lcores", lcores),
+        *("--vdev", vdev, "--vdev", other, "--"),
+        *("-i", "--no-flush-rx", "--total-num-mbufs=8192"),
+        *(f"--rxq={queues}", f"--txq={queues}", f"--nb-cores={threads}"),
+    ]
+    return peer_argv(argv, die_with_parent=True)
 
 
 def frame(number: int, salt: int = 0) -> bytes:

@@ -24,7 +24,7 @@ SUITE = "trixie"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 SUITE_KEY = Path(f"/usr/share/keyrings/debian-archive-{SUITE}-stable.gpg")
 
-HOST_PACKAGES = ("debian-archive-keyring", "e2fsprogs", "mmdebstrap", "util-linux")
+HOST_PACKAGES = ("debian-archive-keyring", "e2fsprogs", "iproute2", "mmdebstrap", "util-linux")
 
 PACKAGES = (
     # front-ends and back-ends
