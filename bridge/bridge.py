@@ -33,7 +33,7 @@ from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
 from .config import BridgeConfig
 from .endpoint import open_endpoint
 from .handlers import HANDLERS
-from .incoming import disagreements
+from .incoming import Incoming, disagreements
 from .quiet import either
 from .session import Session
 from .shadow import with_shadow
@@ -65,7 +65,7 @@ class Bridge:
         self._opened: Opened | None = None
         self._session: Session | None = None
         self._front_end: int | None = None
-        self._incoming: DeviceState | None = None
+        self._incoming: Incoming | None = None
         self._lock = trio.Lock()
         self._there = trio.Event()
         # Shielded while a device is open: it is closed after its front-end has left.
@@ -165,15 +165,31 @@ class Bridge:
         async with self._lock:
             if self._session is not None and self._session.awaiting:
                 await self._session.attach(one.device)
+            elif self._session is None:
+                await self._load_waiting(one.device)
             self._opened = one
             self._there.set()
+
+    # A state that waits for a front-end can wait in another device, if all of it is known here.
+    async def _load_waiting(self, device: Device) -> None:
+        if self._incoming is None or device.state is not State.RESET:
+            return
+        state = self._incoming.state
+        reasons = await misfits(device, state)
+        if state.internal_owner is not None:
+            reasons.append(f"what {state.internal_owner} had of it is lost")
+        if reasons:
+            self._incoming = None
+            _log.warning("%s: the waiting state is given up: %s", self.name, "; ".join(reasons))
+        else:
+            device.load(state)
 
     # With the lock: nobody works on it any more when it is closed.
     async def _give_up_device(self) -> None:
         async with self._lock:
             if self._session is not None and self._session.awaiting:
                 _log.info("%s: the front-end waits for the back-end", self.name)
-            self._opened = self._incoming = None
+            self._opened = None
             self._there = trio.Event()
 
     async def _available(self) -> Device:
@@ -185,8 +201,16 @@ class Bridge:
         channel = Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end")
         peer = channel.peer_pid
         _log.info("%s: front-end connected (pid %d)", self.name, peer)
+        async with self._lock:
+            await self._load_waiting(device)
         session = Session(
-            self.name, channel, device, HANDLERS, lock=self._lock, incoming=self._incoming
+            self.name,
+            channel,
+            device,
+            HANDLERS,
+            lock=self._lock,
+            incoming=self._incoming,
+            on_disconnect=self.config.on_disconnect,
         )
         self._session, self._front_end = session, peer
         left = False
@@ -202,8 +226,7 @@ class Bridge:
             _log.exception("%s: internal error, front-end (pid %d) cut off", self.name, peer)
         finally:
             self._session, self._front_end = None, None
-            if not session.device.failed.is_set():
-                self._incoming = session.incoming
+            self._incoming = session.left_behind
         if left:
             _log.info("%s: front-end (pid %d) left", self.name, peer)
 
@@ -336,12 +359,12 @@ class Bridge:
     ) -> None:
         await load_device(device, state, checked, progress)
         if self._session is None or not self._session.held:
-            self._expect(state)
+            self._expect(Incoming(state))
 
-    def _expect(self, state: DeviceState | None) -> None:
-        self._incoming = state
+    def _expect(self, incoming: Incoming | None) -> None:
+        self._incoming = incoming
         if self._session is not None:
-            self._session.incoming = state
+            self._session.incoming = incoming
 
     # The device, for one operation at a time.
     @asynccontextmanager

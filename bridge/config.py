@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from vhostbridge.backends import check_backend
@@ -26,7 +27,17 @@ _KEYS = {
     "type": str,
     "dirty-log": str,
     "shadow": bool,
+    "on-disconnect": str,
 }
+
+
+class OnDisconnect(Enum):
+    """The choice of an operator."""
+
+    #: the device is suspended and reset: the next front-end finds it as new
+    RESET = "reset"
+    #: the device is suspended and stays so: the next front-end goes on
+    KEEP = "keep"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +49,7 @@ class BridgeConfig:
         incoming: a file with a state to load before the first front-end comes; "-" for stdin.
         tracking: by what means a migrating front-end is told what the device wrote.
         shadow: requests always pass through shadow vrings.
+        on_disconnect: what becomes of the device when its front-end goes.
 
     Raises:
         ConfigError: on construction, when something is missing, too much or malformed.
@@ -53,6 +65,7 @@ class BridgeConfig:
     incoming: str | None = None
     tracking: Tracking = Tracking.AUTO
     shadow: bool = False
+    on_disconnect: OnDisconnect = OnDisconnect.RESET
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -112,6 +125,21 @@ def parse_tracking(text: str) -> Tracking:
     except ValueError:
         names = ", ".join(t.value for t in Tracking)
         raise ConfigError(f"{text!r} is no way to log writes", f"one of {names}") from None
+
+
+def parse_on_disconnect(text: str) -> OnDisconnect:
+    """What becomes of the device of a front-end that goes, by its name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    try:
+        return OnDisconnect(text)
+    except ValueError:
+        names = ", ".join(one.value for one in OnDisconnect)
+        raise ConfigError(
+            f"{text!r} is nothing to do when a front-end goes", f"one of {names}"
+        ) from None
 
 
 def load_config(path: Path) -> DaemonConfig:
@@ -188,6 +216,7 @@ def _bridge(place: _Place, table: object) -> BridgeConfig:
             device_id=device_id_of(table["type"]) if "type" in table else None,
             tracking=parse_tracking(table.get("dirty-log", "auto")),
             shadow=table.get("shadow", False),
+            on_disconnect=parse_on_disconnect(table.get("on-disconnect", "reset")),
         )
     except ConfigError as error:
         raise ConfigError(f"{place()}: {error.message}", error.hint) from None

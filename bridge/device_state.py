@@ -17,6 +17,7 @@ from vhostbridge.backends.state_stream import CheckedFd, check_stream
 from vhostbridge.backends.vhostuser.messages import U64, Payload, StateTransfer
 from vhostbridge.backends.vhostuser.transfer import LOAD, SAVE
 
+from .incoming import Incoming, Origin
 from .state_transfer import load_device, misfits, save_device
 
 if TYPE_CHECKING:
@@ -113,5 +114,4 @@ async def _load(session: Session, state: DeviceState, checked: CheckedFd) -> Non
         raise StateError(f"it does not fit {session.device.info.target}: {'; '.join(reasons)}")
     await load_device(session.device, state, checked, lambda count: None)
     # One that never ran has no vrings to go on with.
-    session.incoming = state if state.vrings else None
-    session.incoming_is_the_front_ends = True
+    session.incoming = Incoming(state, Origin.FRONT_END) if state.vrings else None

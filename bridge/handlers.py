@@ -34,8 +34,10 @@ from vhostbridge.backends.vhostuser.messages import (
 from vhostbridge.backends.vhostuser.specs import BACKEND_SPECS
 from vhostbridge.backends.virtio import TransportFeature
 
+from .departure import give_up
 from .device_state import check_device_state, set_device_state_fd
 from .dispatch import Handler
+from .incoming import Origin
 from .memory import guest_region, table_of
 from .offer import check_features, offered_features, offered_protocol
 from .session import Session
@@ -307,6 +309,7 @@ async def set_status(session: Session, message: Message) -> None:
     before, session.status = session.status, status
     if status == 0:
         await session.stop_all()
+        await _begin_anew(session, "the front-end resets the device (status 0)")
     elif status & ~before & Status.DRIVER_OK:
         try:
             await session.apply()
@@ -315,11 +318,17 @@ async def set_status(session: Session, message: Message) -> None:
             raise
 
 
+async def _begin_anew(session: Session, why: str) -> None:
+    if session.incoming is not None and session.incoming.origin is Origin.KEPT:
+        await give_up(session, why)
+
+
 async def reset_device(session: Session, message: Message) -> None:
     """Everything is lost, but a state that was loaded and has not started: it is not the guest's.
 
     QEMU resets its devices before it starts a guest that it restores.
     """
+    await _begin_anew(session, "the front-end resets the device")
     if session.incoming is None:
         if session.device.state is State.RUNNING:
             await session.device.suspend()

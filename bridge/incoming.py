@@ -1,14 +1,16 @@
-"""A state that was loaded before its front-end came: does the front-end go on where it stopped?"""
+"""A state that waits for its front-end: does the front-end go on where it stopped?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from vhostbridge.backends.device import VringSetup
+from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.errors import PeerError
-from vhostbridge.backends.virtio import feature_names
+from vhostbridge.backends.ring_memory import used_index
+from vhostbridge.backends.virtio import TransportFeature, feature_names
 
 if TYPE_CHECKING:
     from vhostbridge.backends.state import DeviceState, VringState
@@ -16,6 +18,25 @@ if TYPE_CHECKING:
 _HINT = (
     "the state is another device's, or the guest was not stopped at its save: load the right one"
 )
+
+
+class Origin(Enum):
+    """Who gave the device a state that waits."""
+
+    #: an operator: the front-end that comes must be the one it belongs to
+    LOADED = auto()
+    #: the front-end itself, which takes it along when it leaves
+    FRONT_END = auto()
+    #: the front-end before: the next one may go on, or begin anew
+    KEPT = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A state that the device was given, or kept, and that waits for its vrings."""
+
+    state: DeviceState
+    origin: Origin = Origin.LOADED
 
 
 def compare_features(state: DeviceState, features: int) -> None:
@@ -86,3 +107,35 @@ def arriving(state: DeviceState, setup: VringSetup, base: int | None) -> VringSe
             _HINT,
         )
     return replace(setup, base=saved.base)
+
+
+def strangeness(
+    state: DeviceState,
+    features: int,
+    setups: Sequence[VringSetup],
+    bases: Mapping[int, int | None],
+    regions: Sequence[MemoryRegion],
+) -> str:
+    """Why a front-end is not the one that left ``state``; empty if it is.
+
+    Guest memory decides where it can be asked: the used index of a split ring is where the device
+    stopped. ``bases`` are what the front-end says, ``None`` where it said nothing.
+    """
+    if features != state.features:
+        return _feature_difference(state, features)
+    saved = {v.index: v for v in state.vrings}
+    for setup in setups:
+        there = saved.get(setup.index)
+        if there is None:
+            return f"vring {setup.index} did not run"
+        told = _layout_difference(setup, there)
+        base = bases.get(setup.index)
+        if base is not None and base != there.base:
+            told.append(f"base {base:#x} where the state has {there.base:#x}")
+        if not told and not features & TransportFeature.RING_PACKED.mask:
+            used = used_index(regions, setup)
+            if used != there.base:
+                told.append(f"used index {used:#x} where the state has {there.base:#x}")
+        if told:
+            return f"vring {setup.index} has {', '.join(told)}"
+    return ""

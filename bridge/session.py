@@ -29,16 +29,16 @@ from vhostbridge.backends.vhostuser.messages import (
 from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature
 
 from .absence import Absence
+from .config import OnDisconnect
+from .departure import clear_device, recognise
 from .dispatch import Handler, dispatch
-from .incoming import arriving, compare_features
+from .incoming import Incoming, Origin, arriving, compare_features
 from .memory import MemoryTable
 from .offer import check_features
 from .quiet import either, message_comes_first
 from .vring import FrontendVring
 
 if TYPE_CHECKING:
-    from vhostbridge.backends.state import DeviceState
-
     from .device_state import Transfer
 
 # How long the device may take to stop when its front-end has gone, in seconds. VDUSE gives its
@@ -65,16 +65,15 @@ class Session:
         handlers: Mapping[int, Handler],
         *,
         lock: trio.Lock | None = None,
-        incoming: DeviceState | None = None,
+        incoming: Incoming | None = None,
+        on_disconnect: OnDisconnect = OnDisconnect.RESET,
     ) -> None:
         self.name = name
         self.device = device
         #: Held by whoever works on the device.
         self.lock = lock or trio.Lock()
-        #: A state that the device was given and that waits for its vrings.
+        #: A state that waits for its vrings.
         self.incoming = incoming
-        #: Whether it came from the front-end, which takes it along when it leaves.
-        self.incoming_is_the_front_ends = False
         #: The state that the front-end moves, until it has asked how that went.
         self.transfer: Transfer | None = None
         #: Whether the operator suspended the device: the front-end can't start it meanwhile.
@@ -91,6 +90,7 @@ class Session:
         self.reverse: Channel | None = None
         self._channel = channel
         self._handlers = handlers
+        self._on_disconnect = on_disconnect
         self._nursery: trio.Nursery | None = None
         self._config_changed = trio.Event()
         self._replaced = trio.Event()
@@ -103,7 +103,7 @@ class Session:
     # The loop
 
     async def run(self) -> None:
-        """Serve until the front-end closes the connection; the device is reset afterwards.
+        """Serve until the front-end closes the connection; the device is reset or kept afterwards.
 
         Raises:
             PeerError: the front-end broke the protocol or asked what can't be.
@@ -258,8 +258,9 @@ class Session:
         if not vrings:
             return
         features = self.features & ~VHOST_ONLY_FEATURES
+        await recognise(self, features, vrings)
         if self.incoming is not None:
-            compare_features(self.incoming, features)
+            compare_features(self.incoming.state, features)
         setups = [self._setup(v) for v in vrings]
         await self.device.run(features, setups)
         self.incoming = None
@@ -269,7 +270,7 @@ class Session:
 
     def _setup(self, vring: FrontendVring) -> VringSetup:
         setup = vring.setup(self.memory, self.packed)
-        return setup if self.incoming is None else arriving(self.incoming, setup, vring.base)
+        return setup if self.incoming is None else arriving(self.incoming.state, setup, vring.base)
 
     async def hold(self) -> None:
         """Suspend the device for the operator; its front-end's requests wait.
@@ -388,6 +389,12 @@ class Session:
         if old is not None and old is not log:
             old.close()
 
+    @property
+    def left_behind(self) -> Incoming | None:
+        """The state that waits for the next front-end."""
+        waiting = self.incoming
+        return None if waiting is None or waiting.origin is Origin.FRONT_END else waiting
+
     # Configuration changes
 
     async def _notify_config_changes(self) -> None:
@@ -407,7 +414,7 @@ class Session:
             self.reverse.close()
         try:
             if self.device.state not in (State.FAILED, State.CLOSED):
-                await self._clear_device()
+                await clear_device(self, self._on_disconnect)
         except BridgeError as error:
             self.device.fail(str(error))
             self.log.error("%s: could not reset the device: %s", self.name, error)
@@ -422,15 +429,3 @@ class Session:
             for vring in self.vrings.values():
                 vring.close()
             close_all(region.fd for region in self.memory.regions)
-
-    # Suspended first, so that requests in flight are complete before guest memory goes.
-    # A state that still waits is for the next front-end.
-    async def _clear_device(self) -> None:
-        if self.incoming is not None and not self.incoming_is_the_front_ends:
-            await self.device.set_memory([])
-            return
-        self.incoming = None
-        if self.device.state is State.RUNNING:
-            await self.device.suspend()
-        await self.device.reset()
-        await self.device.set_memory([])

@@ -38,7 +38,8 @@ class BridgeStatus:
         state: the lifecycle state of the device.
         failure: why it failed; empty unless it has.
         held: the operator suspended it; the front-end can't start it.
-        incoming: a loaded state waits for a front-end.
+        incoming: a state waits for a front-end.
+        kept: it is the one that the front-end before left.
         front_end: the pid of the front-end that is connected.
         features: what was negotiated.
         status: the virtio device status byte.
@@ -53,6 +54,7 @@ class BridgeStatus:
     failure: str
     held: bool
     incoming: bool
+    kept: bool
     front_end: int | None
     features: int
     status: int

@@ -68,7 +68,7 @@ def _state(status: BridgeStatus) -> str:
     if status.held:
         words.append("by an operator")
     if status.incoming:
-        words.append("a loaded state waits for a front-end")
+        words.append(f"a {'kept' if status.kept else 'loaded'} state waits for a front-end")
     if status.failure:
         words.append(status.failure)
     return ", ".join(words)

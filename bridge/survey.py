@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from vhostbridge.backends.device import Device, VringSetup
 from vhostbridge.backends.errors import PeerError
@@ -13,11 +12,9 @@ from vhostbridge.backends.virtio import TransportFeature, device_name
 
 from .config import BridgeConfig
 from .facts import capabilities_report
+from .incoming import Incoming, Origin
 from .session import Session
 from .status import BridgeStatus, VringStatus
-
-if TYPE_CHECKING:
-    from vhostbridge.backends.state import DeviceState
 
 
 def survey(
@@ -25,10 +22,11 @@ def survey(
     device: Device | None,
     session: Session | None,
     front_end: int | None,
-    incoming: DeviceState | None,
+    incoming: Incoming | None,
 ) -> BridgeStatus:
     """The status of one bridge; ``device`` is ``None`` while its back-end is not there."""
     device_id = None if device is None else device.info.device_id
+    waiting = incoming if session is None else session.incoming
     return BridgeStatus(
         name=config.name,
         backend=config.backend,
@@ -37,7 +35,8 @@ def survey(
         state="closed" if device is None else device.state.value,
         failure="the back-end is not there" if device is None else device.failure,
         held=session is not None and session.held,
-        incoming=(incoming if session is None else session.incoming) is not None,
+        incoming=waiting is not None,
+        kept=waiting is not None and waiting.origin is Origin.KEPT,
         front_end=front_end,
         features=0 if device is None else device.features,
         status=0 if session is None else session.status,

@@ -70,6 +70,12 @@ if TYPE_CHECKING:
     "ones are in flight, whatever becomes of the back-end.",
 )
 @click.option(
+    "--on-disconnect",
+    metavar="WHAT",
+    help="What becomes of the device when its VMM goes or dies: reset, or keep (suspended, and the "
+    "next VMM goes on if it has the same memory and vrings).  [default: reset]",
+)
+@click.option(
     "--socket-mode",
     metavar="MODE",
     help="Permissions of the --listen socket, octal; connecting needs write permission.  "
@@ -103,6 +109,7 @@ def serve(
     incoming: str | None,
     dirty_log: str | None,
     shadow: bool | None,
+    on_disconnect: str | None,
     socket_mode: str | None,
     config_file: Path | None,
     control: Path | None,
@@ -114,8 +121,9 @@ def serve(
     did not are not touched. A file with a mistake changes nothing.
 
     Each bridge has one front-end socket (exactly one of --listen, --connect and --fd) and one
-    device. It serves one VMM at a time; when a VMM leaves, the device is stopped and reset, and
-    the next one may come. A back-end that goes away is opened again when it is back.
+    device. It serves one VMM at a time; when a VMM leaves, the device is stopped and reset (or
+    kept, see --on-disconnect), and the next one may come. A back-end that goes away is opened again
+    when it is back.
 
     Root and the daemon's own user can suspend, resume, save and load the devices meanwhile, through
     the control socket.
@@ -155,6 +163,7 @@ def serve(
         "--incoming": incoming,
         "--dirty-log": dirty_log,
         "--shadow": shadow,
+        "--on-disconnect": on_disconnect,
         "--socket-mode": socket_mode,
     }
     if control is not None and no_control:
@@ -189,6 +198,7 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
         DaemonConfig,
         load_config,
         parse_mode,
+        parse_on_disconnect,
         parse_tracking,
         usual_control,
     )
@@ -220,6 +230,7 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
         incoming=single["--incoming"],
         tracking=parse_tracking(single["--dirty-log"] or "auto"),
         shadow=bool(single["--shadow"]),
+        on_disconnect=parse_on_disconnect(single["--on-disconnect"] or "reset"),
     )
     return DaemonConfig(bridges=[bridge], control=usual_control(bridge.name))
 

@@ -15,22 +15,30 @@ from .qmp import Qmp
 class StorageDaemon(Process):
     """Exports `image` on `socket` as a vhost-user-blk device; up once it is made.
 
-    The block node is called "disk". It serves one front-end at a time. Made anew on the same
-    image after a kill it needs no cleaning up.
+    The block node is called "disk"; of `layers` on it the exported one is called "top". It serves
+    one front-end at a time. Made anew on the same image after a kill it needs no cleaning up.
     """
 
     def __init__(
-        self, image: Path, socket: Path, *, queues: int = 1, arguments: Sequence[str] = ()
+        self,
+        image: Path,
+        socket: Path,
+        *,
+        queues: int = 1,
+        arguments: Sequence[str] = (),
+        layers: Sequence[str] = (),
     ) -> None:
         self.image = image
         self.socket = socket
         self.qmp = Qmp()
         monitor = self.qmp.remote.fileno()
+        top = "top" if layers else "disk"
         argv = [
             "qemu-storage-daemon",
             # Tests look into the image while it is open.
             *("--blockdev", f"driver=file,node-name=disk,filename={image},locking=off"),
-            *("--export", f"{self.export_options(socket)},num-queues={queues}"),
+            *(argument for layer in layers for argument in ("--blockdev", layer)),
+            *("--export", f"{self.export_options(socket, top)},num-queues={queues}"),
             *arguments,
             *("--chardev", f"socket,id=monitor,fd={monitor}", "--monitor", "chardev=monitor"),
         ]
@@ -44,9 +52,9 @@ class StorageDaemon(Process):
             raise
 
     @staticmethod
-    def export_options(socket: Path) -> str:
+    def export_options(socket: Path, node: str = "disk") -> str:
         return (
-            "type=vhost-user-blk,id=export,node-name=disk,writable=on,"
+            f"type=vhost-user-blk,id=export,node-name={node},writable=on,"
             f"addr.type=unix,addr.path={socket}"
         )
 

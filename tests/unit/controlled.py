@@ -50,6 +50,7 @@ class FakeBridge:
             failure="",
             held=self.state == "suspended",
             incoming=False,
+            kept=False,
             front_end=4711,
             features=1 << 32 | 1 << 9,
             status=15,

@@ -29,7 +29,9 @@ from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature, Request
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
+from vhostbridge.bridge.config import OnDisconnect
 from vhostbridge.bridge.handlers import HANDLERS
+from vhostbridge.bridge.incoming import Incoming
 from vhostbridge.bridge.session import Session
 
 PF = ProtocolFeature
@@ -202,13 +204,23 @@ class FrontEnd:
 
 
 @asynccontextmanager
-async def connected(device: FakeDevice | None = None) -> AsyncIterator[FrontEnd]:
-    """A front-end and its session. Afterwards the device is as it was, unless it failed."""
+async def connected(
+    device: FakeDevice | None = None,
+    *,
+    incoming: Incoming | None = None,
+    on_disconnect: OnDisconnect = OnDisconnect.RESET,
+) -> AsyncIterator[FrontEnd]:
+    """A front-end and its session.
+
+    Afterwards the device is as it was, unless it failed or is to be kept.
+    """
     device = device or FakeDevice()
     ours, theirs = socket.socketpair()
     sock = trio.socket.from_stdlib_socket(ours)
     channel = Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end")
-    session = Session("vm", channel, device, HANDLERS)
+    session = Session(
+        "vm", channel, device, HANDLERS, incoming=incoming, on_disconnect=on_disconnect
+    )
     vm = FrontEnd(theirs, device, session)
     try:
         async with trio.open_nursery() as nursery:
@@ -219,8 +231,8 @@ async def connected(device: FakeDevice | None = None) -> AsyncIterator[FrontEnd]
     finally:
         vm.close()
     if vm.device.state is not State.FAILED:
-        assert vm.device.state is State.RESET
         assert vm.device.regions == []
+        assert vm.device.state is State.RESET or on_disconnect is OnDisconnect.KEEP
 
 
 def shared_files() -> int:

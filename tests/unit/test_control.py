@@ -99,7 +99,7 @@ def test_definition_and_status_have_the_same_members(bridge: FakeBridge) -> None
 def test_status_survives_the_wire() -> None:
     vring = VringStatus(1, 2, True, False, True, 3, None, 5, "x")
     status = BridgeStatus(
-        "n", "b", "l", None, "running", "f", True, False, 7, 8, 9,
+        "n", "b", "l", None, "running", "f", True, False, True, 7, 8, 9,
         {"suspend": {"how": "no", "why": "w"}}, (vring,),
     )  # fmt: skip
     assert from_wire(to_wire(status)) == status

@@ -16,7 +16,7 @@ from vhostbridge.backends.errors import BridgeError, InvalidTransition, Unsuppor
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state import DeviceState
 from vhostbridge.backends.vhostuser.messages import Request as R
-from vhostbridge.bridge.incoming import disagreements
+from vhostbridge.bridge.incoming import Incoming, disagreements
 
 
 async def saved(*bases: int) -> DeviceState:
@@ -228,7 +228,7 @@ async def test_a_packed_ring_of_a_device_that_fails_is_lost(autojump_clock: Mock
 async def loaded(vm: FrontEnd, *bases: int) -> None:
     before = await saved(*bases)
     vm.device.load(before)
-    vm.session.incoming = before
+    vm.session.incoming = Incoming(before)
 
 
 async def test_a_front_end_goes_on_from_the_waiting_state(autojump_clock: MockClock) -> None:

@@ -10,6 +10,7 @@ from .checks import GUEST, GuestChecks, checks_of
 SOAK = (
     "front_ends_killed_at_any_point",
     "libblkio_killed_at_any_point",
+    "front_end_killed_at_any_moment_goes_on",
     "libblkio_suspended_at_any_moment",
     "numbered_frames_over_suspends",
     "shadow_vrings_come_and_go_under_load",

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from .memory import Memory
-from .vring import SplitRing
+from .vring import Ring
 
 VERSION_1 = 1 << 32
 PROTOCOL_FEATURES = 1 << 30
@@ -153,7 +153,7 @@ class Frontend:
         self.features = self.features | LOG_ALL if on else self.features & ~LOG_ALL
         self.tell_u64("SET_FEATURES", self.features)
 
-    def log_used(self, index: int, ring: SplitRing) -> None:
+    def log_used(self, index: int, ring: Ring) -> None:
         """SET_VRING_ADDR again, with the used ring logged where it is."""
         self.tell("SET_VRING_ADDR", _addresses(index, ring, logged=True))
 
@@ -165,7 +165,7 @@ class Frontend:
         region = struct.pack("=QQQQQ", 0, memory.guest, memory.size, memory.user, 0)
         self.tell("REM_MEM_REG", region)
 
-    def set_ring(self, index: int, ring: SplitRing, *, base: int = 0) -> None:
+    def set_ring(self, index: int, ring: Ring, *, base: int = 0) -> None:
         """Size, base, addresses, kick and call of a vring."""
         self.tell_state("SET_VRING_NUM", index, ring.size)
         self.tell_state("SET_VRING_BASE", index, base)
@@ -176,7 +176,7 @@ class Frontend:
     def enable(self, index: int, on: bool = True) -> None:
         self.tell_state("SET_VRING_ENABLE", index, int(on))
 
-    def start(self, rings: Sequence[SplitRing], bases: Sequence[int] | None = None) -> None:
+    def start(self, rings: Sequence[Ring], bases: Sequence[int] | None = None) -> None:
         """Set up, enable, and say DRIVER_OK where STATUS is negotiated."""
         for index, ring in enumerate(rings):
             self.set_ring(index, ring, base=bases[index] if bases else 0)
@@ -216,7 +216,7 @@ class Frontend:
             assert self.sock.recv(1) == b"", "there was something left to read"
 
 
-def _addresses(index: int, ring: SplitRing, *, logged: bool) -> bytes:
+def _addresses(index: int, ring: Ring, *, logged: bool) -> bytes:
     user, log = ring.memory.user, ring.memory.guest + ring.used if logged else 0
     areas = (user + ring.descriptors, user + ring.used, user + ring.avail, log)
     return struct.pack("=IIQQQQ", index, int(logged), *areas)

@@ -1,4 +1,4 @@
-"""Guest memory of a test driver: a memfd, with single loads and stores of ring fields."""
+"""Guest memory of a test driver: shared, with single loads and stores of ring fields."""
 
 from __future__ import annotations
 
@@ -13,16 +13,24 @@ class Memory:
     """`size` bytes of shared memory that the device sees at guest address `guest`.
 
     `user` is what a vhost-user front-end calls the same place; both differ from where it really
-    is, so that a translation left out is noticed.
+    is, so that a translation left out is noticed. With a `path` it is that file, and outlives us.
     """
 
     def __init__(
-        self, size: int = 4 << 20, *, guest: int = 0x4000_0000, user: int = 0x7E00_0000_0000
+        self,
+        size: int = 4 << 20,
+        *,
+        guest: int = 0x4000_0000,
+        user: int = 0x7E00_0000_0000,
+        path: str = "",
     ) -> None:
         self.size = size
         self.guest = guest
         self.user = user
-        self.fd = os.memfd_create("guest-memory", os.MFD_CLOEXEC)
+        if path:
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        else:
+            self.fd = os.memfd_create("guest-memory", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, size)
         self.map = mmap.mmap(self.fd, size)
         self._anchor = ctypes.c_char.from_buffer(self.map)

@@ -6,10 +6,23 @@ import os
 import select
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from .memory import Memory
 
 NEXT, WRITE = 1, 2
+
+
+class Ring(Protocol):
+    """What a front-end tells of a vring: areas are offsets in `memory`."""
+
+    memory: Memory
+    size: int
+    descriptors: int
+    avail: int
+    used: int
+    kick_fd: int
+    call_fd: int
 
 
 @dataclass(frozen=True, slots=True)
