@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from vhostbridge.backends.errors import StateError
+
 from .recovery import last_state
 from .shadow import ShadowDevice
 
@@ -54,6 +56,20 @@ class Absence:
             if self._in_flight is not None:
                 return device.state_of(b"")
         return last_state(device, [v.index for v in started], regions)
+
+    @property
+    def known_state(self) -> DeviceState:
+        """Where the device was, for another process.
+
+        Raises:
+            StateError: nobody knows, or it can't be told without memory of this process.
+        """
+        if self.state is None or self.state.internal_owner is not None or self._in_flight:
+            raise StateError(
+                "where the device was when it failed can't be handed over",
+                "the front-end is cut off and may connect anew",
+            )
+        return self.state
 
     def load(self, device: Device) -> None:
         """Let ``device``, which is RESET, go on from there; not if it has state of its own."""

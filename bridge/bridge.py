@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -31,9 +31,11 @@ from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
 
 from .config import BridgeConfig
-from .endpoint import open_endpoint
+from .endpoint import Endpoint, open_endpoint
 from .handlers import HANDLERS
+from .handover import Arrival, pack, unpack
 from .incoming import Incoming, disagreements
+from .keeping import Keeper
 from .quiet import either
 from .session import Session
 from .shadow import with_shadow
@@ -59,8 +61,14 @@ class Bridge:
     or FAILED.
     """
 
-    def __init__(self, config: BridgeConfig) -> None:
+    def __init__(self, config: BridgeConfig, keeper: Keeper | None = None) -> None:
         self.config = config
+        self._keeper = keeper
+        # What the process before this one left of a front-end.
+        self._arrival: Arrival | None = None
+        self._parting = False
+        self._left = trio.Event()
+        self._accepting = trio.CancelScope()
         self.name = config.name
         self._opened: Opened | None = None
         self._session: Session | None = None
@@ -77,19 +85,30 @@ class Bridge:
         Raises:
             BridgeError: the socket or the device could not be opened the first time.
         """
-        endpoint = open_endpoint(self.config)
+        endpoint = open_endpoint(self.config, self._keeper)
+        self._arrival = self._arriving()
         try:
             async with trio.open_nursery() as nursery:
                 try:
                     await nursery.start(self._keep_device)
                     task_status.started()
-                    while (sock := await endpoint.next()) is not None:
+                    if self._arrival is not None:
+                        await self._go_on(self._arrival)
+                    while (sock := await self._next_front_end(endpoint)) is not None:
                         await self._serve_one(sock, await self._available())
                 finally:
                     # Last, and whoever cancels us: a front-end that leaves stops its device.
                     self._keeping.cancel()
         finally:
-            endpoint.close()
+            if self._arrival is not None:
+                self._arrival.close()
+            endpoint.close(keep=self._parting)
+
+    async def _next_front_end(self, endpoint: Endpoint) -> trio.socket.SocketType | None:
+        if not self._parting:
+            with trio.CancelScope() as self._accepting:
+                return await endpoint.next()
+        return None
 
     # Opens the device, and again whenever it failed; a front-end may wait for it.
     async def _keep_device(self, task_status: trio.TaskStatus[None]) -> None:
@@ -103,7 +122,8 @@ class Bridge:
                         self._keeping.shield = True
                         await self._take(one)
                         if first:
-                            await self._load_incoming()
+                            if self._arrival is None:
+                                await self._load_incoming()
                             first = False
                             task_status.started()
                         _log.info("%s: %s is ready", self.name, self.config.backend)
@@ -111,8 +131,12 @@ class Bridge:
                         await self._until_closed()
                     except (BridgeError, BaseExceptionGroup) as error:
                         cause = find_bridge_error(error)
-                        if cause is None or first:
+                        # A front-end that is there already waits for as long as it takes.
+                        if cause is None or (first and self._arrival is None):
                             raise
+                        if first:
+                            first = False
+                            task_status.started()
                         if str(cause) != told:
                             told = str(cause)
                             _log.warning("%s: waiting for the back-end: %s", self.name, cause)
@@ -199,8 +223,6 @@ class Bridge:
 
     async def _serve_one(self, sock: trio.socket.SocketType, device: Device) -> None:
         channel = Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end")
-        peer = channel.peer_pid
-        _log.info("%s: front-end connected (pid %d)", self.name, peer)
         async with self._lock:
             await self._load_waiting(device)
         session = Session(
@@ -212,11 +234,17 @@ class Bridge:
             incoming=self._incoming,
             on_disconnect=self.config.on_disconnect,
         )
-        self._session, self._front_end = session, peer
+        _log.info("%s: front-end connected (pid %d)", self.name, channel.peer_pid)
+        await self._serve(session, channel.peer_pid)
+
+    async def _serve(
+        self, session: Session, peer: int, begin: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        self._session, self._front_end, self._left = session, peer, trio.Event()
         left = False
         try:
-            await session.run()
-            left = True
+            await session.run(begin)
+            left = not session.taken
         except* BridgeError as group:
             _log.error(
                 "%s: front-end (pid %d) cut off: %s", self.name, peer, find_bridge_error(group)
@@ -227,8 +255,65 @@ class Bridge:
         finally:
             self._session, self._front_end = None, None
             self._incoming = session.left_behind
+            self._left.set()
         if left:
             _log.info("%s: front-end (pid %d) left", self.name, peer)
+
+    # From one process to the next
+
+    def _arriving(self) -> Arrival | None:
+        box = None if self._keeper is None else self._keeper.sessions.pop(self.name, None)
+        try:
+            return None if box is None else Arrival(box)
+        except BridgeError as error:
+            _log.error("%s: %s", self.name, error)
+            return None
+
+    async def _go_on(self, arrival: Arrival) -> None:
+        device = await self._available()
+        self._arrival = None
+        channel = arrival.channel()
+        session = Session(
+            self.name,
+            channel,
+            device,
+            HANDLERS,
+            lock=self._lock,
+            on_disconnect=self.config.on_disconnect,
+        )
+        peer = channel.peer_pid
+
+        async def begin() -> None:
+            try:
+                pause = await unpack(arrival, session)
+            finally:
+                arrival.close()
+            _log.info("%s: front-end (pid %d) taken over, pause %.3g s", self.name, peer, pause)
+
+        await self._serve(session, peer, begin)
+
+    async def part(self) -> None:
+        """Leave the front-end to the process after this one; without one, only stop accepting.
+
+        If that can't be it is cut off. Afterwards the bridge ends by itself.
+        """
+        self._parting = True
+        self._accepting.cancel()
+        if self._session is not None:
+            self._session.part(self._hand_over)
+            await self._left.wait()
+
+    async def _hand_over(self, session: Session) -> bool:
+        assert self._keeper is not None
+        try:
+            with await pack(session) as box:
+                if not self._keeper.keep_session(self.name, box):
+                    raise TargetError("the service manager does not keep it")
+        except BridgeError as error:
+            _log.error("%s: the front-end can't be handed over: %s", self.name, error)
+            return False
+        _log.info("%s: front-end (pid %d) handed over", self.name, session.channel.peer_pid)
+        return True
 
     # What an operator asks
 

@@ -20,9 +20,11 @@ import trio
 from vhostbridge import __version__
 from vhostbridge.backends.errors import BridgeError, TargetError, find_bridge_error
 from vhostbridge.backends.fds import OwnedFd
-from vhostbridge.backends.vhostuser.sockets import listen, unlisten
+from vhostbridge.backends.vhostuser.sockets import unlisten
 
 from .config import control_folder
+from .endpoint import listen_at
+from .keeping import Keeper
 from .status import BridgeStatus, SwitchReport, to_wire
 from .varlink import (
     Answering,
@@ -288,19 +290,21 @@ async def _in_threads(manager: AbstractContextManager[OwnedFd]) -> AsyncIterator
 async def serve_control(
     path: Path,
     bridges: Mapping[str, Controlled],
+    keeper: Keeper | None = None,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve the interface on ``path`` (mode 0600) until cancelled; the path is removed then.
 
-    ``bridges`` may change meanwhile. The folder is made when it is the usual one.
+    ``bridges`` may change meanwhile. The folder is made when it is the usual one. A socket that
+    ``keeper`` inherited for the path is used.
 
     Raises:
         TargetError: another daemon listens there, or the path can't be had.
     """
     if path.parent == control_folder():
         _make_folder(path.parent)
-    listener = listen(str(path))
+    listener, ours = listen_at(str(path), 0o600, keeper)
     info = {
         "vendor": "vhost-bridge",
         "product": "vhost-bridge",
@@ -312,7 +316,10 @@ async def serve_control(
         task_status.started()
         await Server(Service([Control(bridges).interface()], info)).serve(listener)
     finally:
-        unlisten(listener, str(path))
+        if ours and (keeper is None or not keeper.keeps):
+            unlisten(listener, str(path))
+        else:
+            listener.close()
 
 
 def _make_folder(folder: Path) -> None:

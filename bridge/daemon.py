@@ -15,9 +15,13 @@ from vhostbridge.backends.errors import BridgeError, find_bridge_error
 
 from .bridge import Bridge
 from .config import BridgeConfig, DaemonConfig
+from .keeping import Keeper
 from .notify import Notifier
 
 _log = logging.getLogger("vhostbridge.daemon")
+
+# How long all front-ends together may take to be handed over, in seconds: the units allow 60.
+PARTING = 45.0
 
 
 def raise_memlock() -> None:
@@ -40,18 +44,20 @@ async def serve(config: DaemonConfig, again: Callable[[], DaemonConfig] | None =
     """
     raise_memlock()
     notifier = Notifier()
+    keeper = Keeper(notifier)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     with trio.open_signal_receiver(*numbers) as signals:
         async with trio.open_nursery() as nursery:
             async with trio.open_nursery() as running:
-                daemon = _Daemon(config, running, notifier)
+                daemon = _Daemon(config, running, notifier, keeper)
                 nursery.start_soon(daemon.obey, signals, again, nursery.cancel_scope)
                 for one in config.bridges:
                     await daemon.start(one)
                 if config.control is not None:
                     from .control import serve_control
 
-                    await nursery.start(serve_control, config.control, daemon.bridges)
+                    await nursery.start(serve_control, config.control, daemon.bridges, keeper)
+                keeper.drop_unused()
                 nursery.start_soon(notifier.keep_alive)
                 _log.info(daemon.told)
                 notifier.ready(daemon.told)
@@ -66,10 +72,13 @@ class _Running:
 
 
 class _Daemon:
-    def __init__(self, config: DaemonConfig, nursery: trio.Nursery, notifier: Notifier) -> None:
+    def __init__(
+        self, config: DaemonConfig, nursery: trio.Nursery, notifier: Notifier, keeper: Keeper
+    ) -> None:
         self._config = config
         self._nursery = nursery
         self._notifier = notifier
+        self._keeper = keeper
         self._running: dict[str, _Running] = {}
         self._reloading = trio.Lock()
         self.bridges: dict[str, Bridge] = {}
@@ -80,7 +89,7 @@ class _Daemon:
         return f"serving {count} bridge{'' if count == 1 else 's'}"
 
     async def start(self, config: BridgeConfig) -> None:
-        bridge, one = Bridge(config), _Running(config)
+        bridge, one = Bridge(config, self._keeper), _Running(config)
 
         async def run(task_status: trio.TaskStatus[None]) -> None:
             try:
@@ -98,6 +107,8 @@ class _Daemon:
         one = self._running.pop(name)
         one.scope.cancel()
         await one.ended.wait()
+        if one.config.listen is not None:
+            self._keeper.forget_listening(one.config.listen)
 
     async def obey(
         self,
@@ -112,7 +123,17 @@ class _Daemon:
                 continue
             _log.info("stopping: %s", signal.Signals(number).name)
             self._notifier.stopping()
+            if number == signal.SIGTERM and self._keeper.keeps:
+                await self._part()
             scope.cancel()
+
+    # The next process goes on with the front-ends. If there is none the service manager hangs up.
+    async def _part(self) -> None:
+        with trio.move_on_after(PARTING):
+            async with trio.open_nursery() as nursery:
+                for bridge in self.bridges.values():
+                    nursery.start_soon(bridge.part)
+        await self._notifier.settled()
 
     async def _reload(self, again: Callable[[], DaemonConfig] | None) -> None:
         if again is None:

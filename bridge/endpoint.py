@@ -11,6 +11,7 @@ from vhostbridge.backends.errors import TargetError
 from vhostbridge.backends.vhostuser import sockets
 
 from .config import BridgeConfig
+from .keeping import Keeper
 
 _log = logging.getLogger("vhostbridge.endpoint")
 
@@ -24,8 +25,8 @@ class Endpoint(Protocol):
     async def next(self) -> trio.socket.SocketType | None:
         """The next front-end's socket; ``None`` when there will be no more."""
 
-    def close(self) -> None:
-        """Stop; a path of ours is removed."""
+    def close(self, *, keep: bool = False) -> None:
+        """Stop; a path of ours is removed, unless another process listens on there."""
 
 
 class _Listener:
@@ -37,8 +38,8 @@ class _Listener:
         sock, _ = await self._sock.accept()
         return sock
 
-    def close(self) -> None:
-        if self._path is None:
+    def close(self, *, keep: bool = False) -> None:
+        if self._path is None or keep:
             self._sock.close()
         else:
             sockets.unlisten(self._sock, self._path)
@@ -59,7 +60,7 @@ class _Dialer:
                     _log.info("waiting for a front-end: %s", error.message)
             await trio.sleep(RETRY)
 
-    def close(self) -> None:
+    def close(self, *, keep: bool = False) -> None:
         pass
 
 
@@ -72,21 +73,45 @@ class _Inherited:
         sock, self._sock = self._sock, None
         return sock
 
-    def close(self) -> None:
+    def close(self, *, keep: bool = False) -> None:
         if self._sock is not None:
             self._sock.close()
 
 
-def open_endpoint(config: BridgeConfig) -> Endpoint:
-    """The endpoint that a bridge is configured with.
+def open_endpoint(config: BridgeConfig, keeper: Keeper | None = None) -> Endpoint:
+    """The endpoint that a bridge is configured with; a socket that was inherited for it is used.
 
     Raises:
         TargetError: its path is in use or not permitted, or its descriptor is no socket.
     """
     if config.listen is not None:
-        return _Listener(sockets.listen(config.listen, mode=config.socket_mode), config.listen)
+        return _listener(config, config.listen, keeper)
     if config.connect is not None:
         return _Dialer(config.connect)
     assert config.fd is not None
     sock = sockets.adopt(config.fd)
     return _Listener(sock, None) if sockets.is_listening(sock) else _Inherited(sock)
+
+
+def _listener(config: BridgeConfig, path: str, keeper: Keeper | None) -> Endpoint:
+    sock, ours = listen_at(path, config.socket_mode, keeper)
+    return _Listener(sock, path if ours else None)
+
+
+def listen_at(path: str, mode: int, keeper: Keeper | None) -> tuple[trio.socket.SocketType, bool]:
+    """Listen at a path, with the socket that was inherited for it, or a new one.
+
+    Returns it, and whether its path is ours to remove. One of ours is kept for the process after
+    this one.
+
+    Raises:
+        TargetError: the path is in use or not permitted.
+    """
+    given = None if keeper is None else keeper.listening(path)
+    if given is None:
+        sock, ours = sockets.listen(path, mode=mode), True
+    else:
+        sock, ours = sockets.adopt(given.fd.detach()), given.ours
+    if ours and keeper is not None:
+        keeper.keep_listening(path, sock.fileno())
+    return sock, ours

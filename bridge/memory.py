@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vhostbridge.backends.device import MemoryRegion
@@ -34,6 +34,9 @@ class MemoryTable:
 
     def __len__(self) -> int:
         return len(self._regions)
+
+    def __iter__(self) -> Iterator[GuestRegion]:
+        return iter(self._regions)
 
     @property
     def regions(self) -> list[MemoryRegion]:

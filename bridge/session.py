@@ -49,6 +49,9 @@ LEAVE = 35.0
 # seconds. QEMU stands still meanwhile.
 PATIENCE = 5.0
 
+# How long the second half of a message may take, when the daemon is about to end, in seconds.
+HALF = 1.0
+
 
 class Session:
     """Serves one connected front-end until it leaves.
@@ -86,15 +89,20 @@ class Session:
         #: Where the front-end wants writes to be logged, while LOG_ALL is acknowledged.
         self.log_to: DirtyLog | None = None
         self.vrings: dict[int, FrontendVring] = {}
-        #: Towards the front-end, from SET_BACKEND_REQ_FD.
+        #: The front-end's connection, and ours towards it (SET_BACKEND_REQ_FD).
+        self.channel = channel
         self.reverse: Channel | None = None
-        self._channel = channel
         self._handlers = handlers
         self._on_disconnect = on_disconnect
         self._nursery: trio.Nursery | None = None
         self._config_changed = trio.Event()
         self._replaced = trio.Event()
-        self._absence = Absence()
+        self.absence = Absence()
+        self._reading = trio.CancelScope()
+        #: What takes the session over when it parts; ``None``: nobody, it ends.
+        self.successor: Callable[[Session], Awaitable[bool]] | None = None
+        #: Whether it was taken over.
+        self.taken = False
 
     @property
     def packed(self) -> bool:
@@ -102,8 +110,10 @@ class Session:
 
     # The loop
 
-    async def run(self) -> None:
+    async def run(self, begin: Callable[[], Awaitable[None]] | None = None) -> None:
         """Serve until the front-end closes the connection; the device is reset or kept afterwards.
+
+        ``begin`` is done first, with the device; if it raises, the session ends.
 
         Raises:
             PeerError: the front-end broke the protocol or asked what can't be.
@@ -116,17 +126,22 @@ class Session:
             failed = await self._until_lost()
             nursery.cancel_scope.cancel()
 
+        at_boundary = False
         try:
+            if begin is not None:
+                async with self.lock:
+                    await begin()
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._listen_to_device()
                 nursery.start_soon(watch_device)
                 nursery.start_soon(self._notify_config_changes)
-                await self._serve_messages()
+                at_boundary = await self._serve_messages()
                 nursery.cancel_scope.cancel()
         finally:
             with trio.move_on_after(LEAVE, shield=True) as scope:
                 async with self.lock:
+                    self.taken = at_boundary and await self._hand_over()
                     await self._leave()
             if scope.cancelled_caught:
                 self.device.fail(f"it did not stop within {LEAVE:g} s")
@@ -153,30 +168,49 @@ class Session:
         """Whether the device is gone and another one, from where it was, would do."""
         if not self.device.failed.is_set():
             return False
-        absence = self._absence
+        absence = self.absence
         absence.notice(self.device, self.vrings.values(), self.memory.regions, held=self.held)
         return self.held or absence.state is not None
 
-    async def _serve_messages(self) -> None:
-        while True:
+    def part(self, successor: Callable[[Session], Awaitable[bool]]) -> None:
+        """Read no further message; ``successor`` takes over, or the session ends if it says no."""
+        self.successor = successor
+        self._reading.cancel()
+
+    async def _hand_over(self) -> bool:
+        return self.successor is not None and await self.successor(self)
+
+    # Whether it stopped between two messages, because it parts.
+    async def _serve_messages(self) -> bool:
+        while self.successor is None:
             if self._out_of_step and not await self._message_comes_first():
                 async with self.lock:
                     await self._recovering(self.apply)
                 continue
-            message = await self._channel.receive()
+            message = await self._next_message()
             if message is None:
-                return
+                break
             try:
                 await self._serve(message)
             finally:
                 message.close()
+        return self.successor is not None and self.channel.at_boundary
+
+    # A message that has begun is taken whole, even by a session that parts.
+    async def _next_message(self) -> Message | None:
+        with trio.CancelScope() as self._reading:
+            return await self.channel.receive()
+        if not self.channel.at_boundary:
+            with trio.move_on_after(HALF):
+                return await self.channel.receive()
+        return None
 
     async def _serve(self, message: Message) -> None:
         done = False
 
         async def handle() -> None:
             nonlocal done
-            await dispatch(self, self._channel, self._handlers, message)
+            await dispatch(self, self.channel, self._handlers, message)
             done = True
 
         if message.request == Request.CHECK_DEVICE_STATE and self.transfer is not None:
@@ -242,7 +276,7 @@ class Session:
         waiting = [v for v in self.vrings.values() if v.ready and not v.running]
         says_status = ProtocolFeature.STATUS in self.protocol
         kicks = [v.kick.fileno() for v in waiting if v.kick and not says_status]
-        return await message_comes_first(self._channel.fileno(), kicks)
+        return await message_comes_first(self.channel.fileno(), kicks)
 
     async def apply(self) -> None:
         """Make the device run what the front-end has set up, unless the operator holds it.
@@ -282,7 +316,7 @@ class Session:
         await self.device.suspend()
         self.held = True
         try:
-            self._absence.state = await self.device.capture()
+            self.absence.state = await self.device.capture()
         except BridgeError:
             self.held = False
             if ran:
@@ -313,8 +347,20 @@ class Session:
         """
         check_features(device.info, self.features)
         await device.set_memory(self.memory.regions)
-        self._absence.load(device)
+        self.absence.load(device)
         await self._follow(device)
+        await self._recovering(self.apply)
+
+    async def go_on(self) -> None:
+        """Begin with what another process left (``handover``), on a device in the same state.
+
+        Raises:
+            BridgeError: the device does not run.
+        """
+        self.device.on_config_change = lambda: None
+        await self.update_log(self.log_to)
+        if self.held:
+            self.absence.state = await self.device.capture()
         await self._recovering(self.apply)
 
     async def move_to(self, device: Device) -> None:
@@ -325,7 +371,7 @@ class Session:
         """
         await self._follow(device)
         if self.held:
-            self._absence.state = await device.capture()
+            self.absence.state = await device.capture()
         await self.apply()
 
     async def _follow(self, device: Device) -> None:
@@ -407,13 +453,14 @@ class Session:
 
     # The end
 
+    # The device of a session that was taken over is closed as it is.
     async def _leave(self) -> None:
         self.device.on_config_change = lambda: None
-        self._channel.close()
+        self.channel.close()
         if self.reverse is not None:
             self.reverse.close()
         try:
-            if self.device.state not in (State.FAILED, State.CLOSED):
+            if not self.taken and self.device.state not in (State.FAILED, State.CLOSED):
                 await clear_device(self, self._on_disconnect)
         except BridgeError as error:
             self.device.fail(str(error))
@@ -425,7 +472,7 @@ class Session:
                 self.log_to.close()
             if self.transfer is not None:
                 self.transfer.close()
-            self._absence.close()
+            self.absence.close()
             for vring in self.vrings.values():
                 vring.close()
             close_all(region.fd for region in self.memory.regions)

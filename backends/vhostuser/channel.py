@@ -52,6 +52,11 @@ class Channel:
         return self._sock.fileno()
 
     @property
+    def at_boundary(self) -> bool:
+        """Whether nothing was received, or sent, of a message that is not whole yet."""
+        return self._decoder.at_boundary and not self._broken and not self._sending.locked()
+
+    @property
     def peer_pid(self) -> int:
         """The process at the other end when it connected; 0 where the kernel can't tell."""
         size = struct.calcsize("3i")
