@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard native/*.c native/*.h native/ffi_build.py)
 
-.PHONY: help demo test check soak bench vm-shell setup man clean
+.PHONY: help demo test check fuzz soak bench vm-shell setup man clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -24,6 +24,9 @@ soak: setup  ## the tests with long counts at full length; results go to docs/so
 
 check: $(STAMP)  ## lint, format, types, C warnings and sanitizers
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && sh .ci/check-native
+
+fuzz: $(STAMP)  ## all fuzzers, for FUZZ_SECONDS (60) in all
+	@sh .ci/setup-fuzz $(VENV) && $(BIN)/python -m tests.fuzz --seconds $(or $(FUZZ_SECONDS),60)
 
 bench: setup  ## measure; prints the tables of docs/performance.md
 	@$(BIN)/python -m benchmarks

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import select
 import warnings
 from collections.abc import Iterable
-from contextlib import suppress
 from types import TracebackType
 
 
@@ -88,23 +86,19 @@ async def signal_eventfds(*fds: OwnedFd | None) -> None:
 
     A counter at its maximum means that the other side has not read 2^64 - 2 signals: one more
     changes nothing, so it is skipped. A peer that fills the counter just then makes the write
-    wait; that is why a thread does it, which cancellation leaves behind. (The non-blocking flag
-    would be the peer's too, and it may count on reads that wait.)
+    wait, for a millisecond; that is why a thread does it. (The non-blocking flag would be the
+    peer's too, and it may count on reads that wait.)
     """
     numbers = [fd.fileno() for fd in fds if fd is not None and not fd.closed]
     if numbers:
         # Here, because commands that only ask a daemon start without it.
         import trio
 
-        await trio.to_thread.run_sync(
-            _signal, numbers, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
-        )
+        await trio.to_thread.run_sync(_signal, numbers, limiter=trio.CapacityLimiter(1))
 
 
 def _signal(numbers: Iterable[int]) -> None:
+    from vhostbridge.native import lib
+
     for number in numbers:
-        poll = select.poll()
-        poll.register(number, select.POLLOUT)
-        if poll.poll(0):
-            with suppress(OSError):
-                os.eventfd_write(number, 1)
+        lib.vb_signal_eventfd(number)

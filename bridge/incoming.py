@@ -12,6 +12,8 @@ from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.ring_memory import used_index
 from vhostbridge.backends.virtio import TransportFeature, feature_names
 
+from .vring import check_packed_base
+
 if TYPE_CHECKING:
     from vhostbridge.backends.state import DeviceState, VringState
 
@@ -106,6 +108,8 @@ def arriving(state: DeviceState, setup: VringSetup, base: int | None) -> VringSe
             f"has {', '.join(told)}",
             _HINT,
         )
+    if state.packed:
+        check_packed_base(saved.index, saved.size, saved.base)
     return replace(setup, base=saved.base)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from vhostbridge.native import ffi, lib
 _POOL_PER_SLOT = 32
 _POOL_MIN, _POOL_MAX = 1024, 1 << 16
 _NO_LOG = (1 << 64) - 1
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 #: What the device must not do, because shadow vrings are split and complete in any order.
 _NOT_FOR_DEVICE = TransportFeature.RING_PACKED.mask | TransportFeature.IN_ORDER.mask
@@ -117,8 +119,10 @@ class ShadowRings:
         self._broken = broken
         self._vrings: dict[int, _Vring] = {}
         self._size = memory_size(features, vrings)
-        fd = OwnedFd(os.memfd_create("shadow-vrings", os.MFD_CLOEXEC))
+        fd = OwnedFd(os.memfd_create("shadow-vrings", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         os.ftruncate(fd.fileno(), self._size)
+        # A back-end gets it too, and must not make it shorter under us.
+        fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, _SEALS)
         status = os.fstat(fd.fileno())
         identity = (status.st_dev, status.st_ino, 0)
         self.region = MemoryRegion(iova, self._size, fd, 0, identity)
@@ -163,7 +167,10 @@ class ShadowRings:
         handle = lib.vb_shadow_new(setup, table, len(table))
         if handle == ffi.NULL:
             close_all(eventfds)
-            raise Unsupported(f"vring {vring.index} can't be shadowed: it is not in guest memory")
+            raise Unsupported(
+                f"vring {vring.index} can't be shadowed: it is not in guest memory, or its base "
+                f"{vring.base or 0:#x} is not in it"
+            )
         device = replace(
             vring,
             size=slots,

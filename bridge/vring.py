@@ -16,6 +16,16 @@ from .memory import MemoryTable
 PACKED_START = 0x80008000
 
 
+def check_packed_base(index: int, size: int, base: int) -> None:
+    """Refuse a position outside the ring.
+
+    Raises:
+        PeerError: it is one.
+    """
+    if max(base & 0x7FFF, base >> 16 & 0x7FFF) >= size:
+        raise PeerError(f"base {base:#x} of packed vring {index} is not within its {size} entries")
+
+
 @dataclass(slots=True)
 class FrontendVring:
     """What a front-end said of a vring, and whether the device runs it.
@@ -86,6 +96,8 @@ class FrontendVring:
             if guest[name] % align:
                 raise PeerError(f"{what} at {guest[name]:#x} is not aligned to {align} bytes")
         base = None if self.running else self.start_base(packed)
+        if packed and base is not None:
+            check_packed_base(self.index, self.size, base)
         return VringSetup(
             index=self.index,
             size=self.size,

@@ -25,6 +25,11 @@ bool guest_ring_map(struct guest_ring *ring, const struct guest_memory *memory)
 	return true;
 }
 
+bool guest_ring_has(const struct guest_ring *ring, uint32_t base)
+{
+	return !ring->packed || ((base & 0x7FFF) < ring->size && (base >> 16 & 0x7FFF) < ring->size);
+}
+
 void guest_ring_start(struct guest_ring *ring, uint32_t base)
 {
 	ring->call_known = false;

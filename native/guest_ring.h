@@ -43,6 +43,8 @@ struct request {
 };
 
 bool guest_ring_map(struct guest_ring *ring, const struct guest_memory *memory);
+/* Whether the places that a base names are in the ring. */
+bool guest_ring_has(const struct guest_ring *ring, uint32_t base);
 /* Where the ring goes on, as vhost encodes a base. */
 void guest_ring_start(struct guest_ring *ring, uint32_t base);
 uint32_t guest_ring_base(const struct guest_ring *ring, uint32_t position);

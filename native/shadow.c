@@ -185,7 +185,8 @@ static bool init(struct vb_shadow *shadow, const struct vb_region *regions, size
 	shadow->memory.regions = copy_regions(regions, count);
 	shadow->memory.count = count;
 	if (!shadow->request.buffers || !shadow->memory.regions ||
-	    !guest_ring_map(&shadow->guest, &shadow->memory))
+	    !guest_ring_map(&shadow->guest, &shadow->memory) ||
+	    !guest_ring_has(&shadow->guest, setup->base))
 		return false;
 	return device_ring_init(&shadow->device, setup->slots, setup->pool, shadow->guest.event_idx,
 				(uint8_t *)(uintptr_t)setup->memory, setup->iova);

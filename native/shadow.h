@@ -59,7 +59,8 @@ struct vb_shadow;
 
 void vb_shadow_layout(uint32_t slots, uint32_t pool, struct vb_shadow_layout *layout);
 
-/* NULL: no memory, or a vring that does not lie in the regions. Not thread-safe. */
+/* NULL: no memory, a vring that does not lie in the regions, or a base outside it. Not
+ * thread-safe. */
 struct vb_shadow *vb_shadow_new(const struct vb_shadow_setup *setup, const struct vb_region *regions,
 				size_t count);
 void vb_shadow_free(struct vb_shadow *shadow);

@@ -3,6 +3,7 @@
 #define VHOST_BRIDGE_SHADOW_RING_H
 
 #include "device_ring.h"
+#include "eventfd.h"
 #include "guest_ring.h"
 #include "shadow.h"
 
@@ -36,6 +37,5 @@ void thread_free(struct vb_shadow *shadow);
 /* The thread leaves the lock to whoever asks for it in this way. */
 void shadow_lock(struct vb_shadow *shadow);
 void shadow_unlock(struct vb_shadow *shadow);
-void signal_eventfd(int fd);
 
 #endif

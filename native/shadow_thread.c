@@ -1,6 +1,7 @@
 /* The thread of a shadow vring: when it works, when it sleeps, and that it survives guest memory
  * that goes away. */
 #define _GNU_SOURCE
+#include "eventfd.h"
 #include "shadow_ring.h"
 
 #include <errno.h>
@@ -10,17 +11,10 @@
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
-/* A counter that is full says all that there is to say; a write to it would wait. */
-void signal_eventfd(int fd)
-{
-	struct pollfd poll_fd = {.fd = fd, .events = POLLOUT};
-	uint64_t one = 1;
-
-	if (fd >= 0 && poll(&poll_fd, 1, 0) == 1 && poll_fd.revents & POLLOUT)
-		(void)!write(fd, &one, sizeof(one));
-}
+enum { PATIENCE = 5 * 1000 * 1000, SECOND = 1000 * 1000 * 1000 }; /* nanoseconds */
 
 /* The other side may read its eventfd too, and must not make us wait then. */
 static void drain_eventfd(int fd)
@@ -86,10 +80,22 @@ void thread_free(struct vb_shadow *shadow)
 		close(shadow->wake);
 }
 
+/* A peer may make the thread wait in a write to its eventfd. */
 void shadow_lock(struct vb_shadow *shadow)
 {
+	struct timespec until;
+	int result;
+
 	__atomic_add_fetch(&shadow->wanted, 1, __ATOMIC_SEQ_CST);
-	pthread_mutex_lock(&shadow->lock);
+	do {
+		clock_gettime(CLOCK_MONOTONIC, &until);
+		until.tv_nsec += PATIENCE;
+		until.tv_sec += until.tv_nsec / SECOND;
+		until.tv_nsec %= SECOND;
+		result = pthread_mutex_clocklock(&shadow->lock, CLOCK_MONOTONIC, &until);
+		if (result == ETIMEDOUT && shadow->running)
+			interrupt_thread(shadow->thread);
+	} while (result == ETIMEDOUT);
 	__atomic_sub_fetch(&shadow->wanted, 1, __ATOMIC_SEQ_CST);
 }
 
@@ -162,6 +168,7 @@ int64_t vb_shadow_start(struct vb_shadow *shadow)
 	/* Python's signal handlers run in its own threads. */
 	sigfillset(&all);
 	sigdelset(&all, SIGBUS);
+	make_interruptible(&all);
 	shadow->held = shadow->stop = false;
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	result = pthread_create(&shadow->thread, NULL, run, shadow);

@@ -12,6 +12,8 @@ from enum import IntEnum
 
 from pyroute2.netlink import ctrlmsg, genlmsg
 
+from vhostbridge.backends.errors import BridgeError
+
 FAMILY_NAME = "vdpa"
 GENL_ID_CTRL = 16  # where families are looked up, in linux/genetlink.h
 _CTRL_CMD_GETFAMILY = 3
@@ -150,6 +152,9 @@ def decode(data: bytes, family: int, sequence: int) -> Iterator[Reply | End]:
     """Yield what one datagram answers to request ``sequence``; anything else in it is skipped.
 
     ``family`` may be GENL_ID_CTRL for the reply to a family lookup.
+
+    Raises:
+        BridgeError: it is no answer.
     """
     offset = 0
     while offset + _HEADER.size <= len(data):
@@ -168,7 +173,10 @@ def decode(data: bytes, family: int, sequence: int) -> Iterator[Reply | End]:
 
 def _decode_reply(data: bytes, message_class: type[genlmsg]) -> Reply:
     message = message_class(data)
-    message.decode()
+    try:
+        message.decode()
+    except Exception as error:  # pyroute2 and struct have many
+        raise BridgeError(f"the kernel's netlink answer can't be read: {error}") from error
     prefix = "CTRL_ATTR_" if message_class is ctrlmsg else VdpaMessage.prefix
     # A kernel newer than our table sends attributes that pyroute2 calls UNKNOWN.
     pairs = [
@@ -184,7 +192,7 @@ def _decode_end(message: bytes, kind: int, flags: int) -> End:
         return End(0)
     (error,) = struct.unpack_from("=i", message, _HEADER.size)
     attributes = _HEADER.size + 4
-    if kind == _NLMSG_ERROR:
+    if kind == _NLMSG_ERROR and len(message) >= attributes + 4:
         # The request is echoed behind the code, or only its header where that was asked for.
         (echoed,) = struct.unpack_from("=I", message, attributes)
         attributes += _HEADER.size if flags & _NLM_F_CAPPED else (echoed + 3) & ~3

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("guest_ring", "device_ring", "shadow", "shadow_thread")
+SOURCES = ("eventfd", "guest_ring", "device_ring", "shadow", "shadow_thread")
 INDIRECT, EVENT_IDX, IN_ORDER = 1 << 28, 1 << 29, 1 << 35
 FEATURES = {
     "plain": 0,
@@ -19,16 +19,20 @@ FEATURES = {
 }
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models and the code under test, under the address and undefined-behaviour sanitizers."""
-    path = tmp_path_factory.mktemp("native") / "shadow_test"
-    sources = [ROOT / f"tests/native/{name}.c" for name in ("shadow_test",)]
-    sources += [ROOT / f"native/{name}.c" for name in SOURCES]
+def build(folder: Path, name: str, *options: str) -> Path:
+    """A test program and the code under test, under the sanitizers."""
+    path = folder / name
+    sources = [ROOT / f"tests/native/{name}.c", *(ROOT / f"native/{one}.c" for one in SOURCES)]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
     warn = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    subprocess.run(["gcc", *warn, *sanitize, "-o", path, *sources], check=True)
+    subprocess.run(["gcc", *warn, *sanitize, *options, "-o", path, *sources], check=True)
     return path
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models and the code under test."""
+    return build(tmp_path_factory.mktemp("native"), "shadow_test")
 
 
 def run(program: Path, *arguments: object) -> None:
@@ -63,3 +67,8 @@ def test_guest_that_corrupts_its_rings_harms_nobody(
     """The device gets addresses of guest memory only; nothing outside the rings is written. Now
     and then the device lies too."""
     run(program, "hostile", 3, 1_000_000, layout, 16, FEATURES[features])
+
+
+def test_peer_that_takes_no_signal_makes_nobody_wait(tmp_path: Path) -> None:
+    """It fills its eventfd between our look and our write, which then waits until it reads."""
+    run(build(tmp_path, "eventfd_test", "-Wl,--wrap=poll"))

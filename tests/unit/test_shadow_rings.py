@@ -12,6 +12,7 @@ from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd
+from vhostbridge.backends.virtio import TransportFeature
 from vhostbridge.bridge.shadow_rings import GuestMap, ShadowRings
 from vhostbridge.native import ffi, lib
 
@@ -55,6 +56,31 @@ def test_vring_outside_guest_memory_is_refused() -> None:
     outside = VringSetup(0, 256, 0, 0x1000, 0x2000, 0, None, None, None, enabled=True)
     with pytest.raises(Unsupported, match="vring 0 can't be shadowed"):
         ShadowRings(0, [outside], memory, 1 << 32, broken)
+    memory.close()
+    broken.close()
+    region.fd.close()
+
+
+@pytest.mark.parametrize("base", [8, 0x7FFF, 0x80000, 0x7FFF0000, 0xFFFFFFFF])
+def test_base_outside_a_packed_vring_is_refused(base: int) -> None:
+    """From a front-end or from a device: C would read and write there."""
+    broken, region, memory = new_eventfd(), guest_memory(4), GuestMap()
+    memory.update([region])
+    with pytest.raises(Unsupported, match=f"or its base {base:#x} is not in it"):
+        ShadowRings(TransportFeature.RING_PACKED.mask, [vring(base)], memory, 1 << 32, broken)
+    memory.close()
+    broken.close()
+    region.fd.close()
+
+
+def test_back_end_can_not_take_the_shadow_vrings_memory_away() -> None:
+    """It has the same file, and a bus error of ours outside the threads would end all bridges."""
+    broken, region, memory = new_eventfd(), guest_memory(4), GuestMap()
+    memory.update([region])
+    rings = ShadowRings(0, [vring(0)], memory, 1 << 32, broken)
+    with pytest.raises(PermissionError):
+        os.ftruncate(rings.region.fd.fileno(), 0)
+    rings.close()
     memory.close()
     broken.close()
     region.fd.close()

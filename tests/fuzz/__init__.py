@@ -1,0 +1,1 @@
+"""Fuzzers: ``python -m tests.fuzz`` runs them all, see docs/testing.md."""
