@@ -6,6 +6,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError
+from .trace import OFF, Tracer
 
 if TYPE_CHECKING:
     from .device import Device
@@ -29,10 +30,13 @@ def check_backend(uri: str) -> tuple[str, str]:
     return scheme, rest
 
 
-def open_device(uri: str, device_id: int | None = None) -> AbstractAsyncContextManager[Device]:
+def open_device(
+    uri: str, device_id: int | None = None, trace: Tracer = OFF
+) -> AbstractAsyncContextManager[Device]:
     """Open the device that a back-end URI names, for the length of an ``async with`` block.
 
-    ``device_id`` is what a vhost-user back-end is, where the caller knows it.
+    ``device_id`` is what a vhost-user back-end is, where the caller knows it. ``trace`` is told all
+    that is said to the device.
 
     Raises:
         ConfigError: the URI is malformed.
@@ -44,11 +48,12 @@ def open_device(uri: str, device_id: int | None = None) -> AbstractAsyncContextM
         from .vdpa.discovery import resolve
         from .vdpa.opening import open_vdpa
 
-        return open_vdpa(uri, resolve(rest).node)
+        return open_vdpa(uri, resolve(rest).node, trace)
     from .vhostuser import connect
 
+    trace.device_id = device_id
     if scheme == "vhost-user":
-        return connect.open_vhost_user(uri, rest, device_id)
+        return connect.open_vhost_user(uri, rest, device_id, trace)
     if scheme == "vhost-user-listen":
-        return connect.await_vhost_user(uri, rest, device_id)
-    return connect.adopt_vhost_user(uri, int(rest), device_id)
+        return connect.await_vhost_user(uri, rest, device_id, trace)
+    return connect.adopt_vhost_user(uri, int(rest), device_id, trace)

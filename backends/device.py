@@ -14,6 +14,7 @@ import trio
 from .errors import BridgeError, TransportLost, Unsupported
 from .fds import OwnedFd
 from .lifecycle import Capabilities, State, Verb, step
+from .trace import OFF, Tracer
 
 if TYPE_CHECKING:
     from .dirty_log import DirtyLog
@@ -140,7 +141,8 @@ class Device(ABC):
     transport: str
 
     def __init__(self) -> None:
-        self.state = State.RESET
+        self.trace: Tracer = OFF
+        self._state = State.RESET
         #: What was negotiated last, without what the transport adds.
         self.features = 0
         #: Why the device is FAILED; empty otherwise.
@@ -149,6 +151,16 @@ class Device(ABC):
         self.on_config_change: Callable[[], None] = lambda: None
         #: Set when the device becomes FAILED.
         self.failed = trio.Event()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @state.setter
+    def state(self, value: State) -> None:
+        before, self._state = self._state, value
+        if self.trace.on and value is not before:
+            self.trace.event("state", device=self.info.target, before=before.value, now=value.value)
 
     def _enter(self, verb: Verb) -> None:
         self.state = step(self.state, verb)
@@ -167,6 +179,7 @@ class Device(ABC):
         if self.state not in (State.CLOSED, State.FAILED):
             self.state = State.FAILED
             self.failure = reason
+            self.trace.event("failed", device=self.info.target, reason=reason)
             self.failed.set()
 
     @abstractmethod

@@ -67,11 +67,16 @@ class TransportLost(BridgeError):
 _NAMES = {524: "ENOTSUPP", errno.EOPNOTSUPP: "EOPNOTSUPP"}
 
 
+def errno_name(code: int) -> str:
+    """The name of an error number, as programs print it."""
+    return _NAMES.get(code) or errno.errorcode.get(code, str(code))
+
+
 class KernelRefused(BridgeError):
     """An ioctl or IOTLB write failed; ``errno`` is the kernel's."""
 
     def __init__(self, operation: str, code: int, hint: str = "") -> None:
-        name = _NAMES.get(code) or errno.errorcode.get(code, str(code))
+        name = errno_name(code)
         text = "not supported by the driver" if code == 524 else os.strerror(code)
         super().__init__(f"{operation}: {text} ({name})", hint)
         self.errno = code

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from enum import IntFlag
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from vhostbridge.backends.errors import KernelRefused, TargetError
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.holders import holders
+from vhostbridge.backends.trace import OFF, Tracer
 from vhostbridge.native import ffi, lib
 
 
@@ -37,17 +39,21 @@ class Chardev:
     Every method raises ``KernelRefused`` naming the ioctl when the kernel says no.
     """
 
-    def __init__(self, node: Path) -> None:
-        """Open ``node`` and become its owner.
+    def __init__(self, node: Path, trace: Tracer = OFF) -> None:
+        """Open ``node`` and become its owner; ``trace`` is told of every call.
 
         Raises:
             TargetError: it is missing, busy (and by whom) or not permitted.
         """
         self.node = node
+        self.trace = trace
+        began = self._watch()
         try:
             self._fd = OwnedFd(os.open(node, os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
+            self._tell(began, "open", -(error.errno or errno.EIO))
             raise _open_error(node, error) from None
+        self._tell(began, "open", 0)
         try:
             self._ioctl("SET_OWNER", lib.VHOST_SET_OWNER, ffi.NULL)
         except KernelRefused:
@@ -55,11 +61,27 @@ class Chardev:
             raise
 
     def close(self) -> None:
+        began = 0 if self._fd.closed else self._watch()
         self._fd.close()
+        self._tell(began, "close", 0)
+
+    # When a call begins, for ``_tell`` after it; 0 while nobody traces.
+    def _watch(self) -> int:
+        return time.monotonic_ns() if self.trace.on else 0
+
+    def _tell(self, began: int, call: int | str, result: int, argument: Any = None) -> None:
+        if began:
+            from . import tracing  # which needs this module
+
+            duration = time.monotonic_ns() - began
+            details = (str(self.node), call, argument, result, duration)
+            self.trace.record(tracing.described, *details, began=began)
 
     # No ioctl of vhost returns a positive result.
     def _ioctl(self, name: str, request: int, argument: Any) -> None:
+        began = self._watch()
         result = lib.vb_ioctl(self._fd.fileno(), request, argument)
+        self._tell(began, request, result, argument)
         if result < 0:
             raise KernelRefused(f"{self.node}: {name}", -result)
 
@@ -212,7 +234,9 @@ class Chardev:
         self, name: str, kind: int, iova: int = 0, size: int = 0, address: int = 0, asid: int = 0
     ) -> None:
         perm = lib.VHOST_ACCESS_RW if address else 0
+        began = self._watch()
         result = lib.vb_iotlb(self._fd.fileno(), asid, kind, perm, iova, size, address)
+        self._tell(began, f"VHOST_IOTLB_{name}", result, (asid, perm, iova, size, address))
         if result < 0:
             raise KernelRefused(f"{self.node}: IOTLB {name} {iova:#x}+{size:#x}", -result)
 

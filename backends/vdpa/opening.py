@@ -10,6 +10,7 @@ import trio
 
 from vhostbridge.backends.device import DeviceInfo
 from vhostbridge.backends.lifecycle import Ability, Capabilities, How
+from vhostbridge.backends.trace import OFF, Tracer
 from vhostbridge.backends.virtio import DeviceId
 
 from .chardev import BackendFeature, Chardev
@@ -22,6 +23,7 @@ REGION_MAX = 509
 
 def _describe(target: str, dev: Chardev) -> DeviceInfo:
     device_id = dev.device_id()
+    dev.trace.device_id = device_id
     features = dev.features()
     first, last = dev.iova_range()
     config_size = dev.config_size()
@@ -76,7 +78,9 @@ def device_on(target: str, chardev: Chardev) -> VdpaDevice:
 
 
 @asynccontextmanager
-async def open_vdpa(target: str, node: Path) -> AsyncIterator[VdpaDevice]:
+async def open_vdpa(
+    target: str, node: Path, trace: Tracer = OFF
+) -> AsyncIterator[VdpaDevice]:
     """Open a vhost-vdpa device for the block's length; it is reset on both ends.
 
     Raises:
@@ -84,7 +88,7 @@ async def open_vdpa(target: str, node: Path) -> AsyncIterator[VdpaDevice]:
     """
 
     def open_blocking() -> VdpaDevice:
-        chardev = Chardev(node)
+        chardev = Chardev(node, trace)
         try:
             return device_on(target, chardev)
         except BaseException:
@@ -92,6 +96,7 @@ async def open_vdpa(target: str, node: Path) -> AsyncIterator[VdpaDevice]:
             raise
 
     device = await trio.to_thread.run_sync(open_blocking)
+    device.trace = trace
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(device.watch_config)

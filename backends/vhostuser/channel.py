@@ -15,10 +15,12 @@ import trio
 
 from vhostbridge.backends.errors import PeerError, TransportLost
 from vhostbridge.backends.fds import OwnedFd, close_all
+from vhostbridge.backends.trace import OFF, Tracer
 
 from .codec import Decoder, Message, encode_reply, encode_request
 from .messages import Empty, Payload
 from .specs import Spec
+from .tracing import Lane, received, sent
 
 # Room for more descriptors than any message may carry, so that too many are seen as such.
 _ANCILLARY = socket.CMSG_SPACE(32 * array.array("i").itemsize)
@@ -32,6 +34,7 @@ class Channel:
         specs: whose requests travel here, ``FRONTEND_SPECS`` or ``BACKEND_SPECS``.
         replies: whether this end receives replies (it sends the requests).
         peer: what errors call the other side.
+        trace: what is told of every message.
     """
 
     def __init__(
@@ -41,9 +44,12 @@ class Channel:
         *,
         replies: bool,
         peer: str,
+        trace: Tracer = OFF,
     ) -> None:
         self._sock = sock
         self._peer = peer
+        self._trace = trace
+        self._lane = Lane(peer, specs, replies)
         self._decoder = Decoder(specs, replies=replies, peer=peer)
         self._sending = trio.Lock()
         self._broken = False
@@ -89,6 +95,9 @@ class Channel:
                 raise TransportLost(f"the {self._peer} went away in the middle of a message")
             message = self._decoder.receive(data, fds)
             if message is not None:
+                if self._trace.on:
+                    seen = (message.request, message.payload, len(message.fds), message.need_reply)
+                    self._trace.record(received, self._lane, *seen)
                 return message
 
     async def send_request(
@@ -117,6 +126,8 @@ class Channel:
             with self._translate_errors(), socket.socket(fileno=os.dup(self.fileno())) as sock:
                 # The socket has room: nothing is under way.
                 self._broken = True
+                self._tell(run)
+                self._tell(last, len(fds))
                 with _undisturbed():
                     sock.sendmsg([run])
                     sock.sendmsg([last], ancillary)
@@ -134,11 +145,17 @@ class Channel:
             if self._broken:
                 raise TransportLost(f"the connection to the {self._peer} broke in a message")
             with self._translate_errors():
-                sent = await self._sock.sendmsg([data], ancillary)
-                self._broken = sent < len(data)
-                while sent < len(data):
-                    sent += await self._sock.send(data[sent:])
+                # Before it is sent: the answer may be there before this task goes on.
+                self._tell(data, len(fds))
+                count = await self._sock.sendmsg([data], ancillary)
+                self._broken = count < len(data)
+                while count < len(data):
+                    count += await self._sock.send(data[count:])
                 self._broken = False
+
+    def _tell(self, data: bytes, fds: int = 0) -> None:
+        if self._trace.on:
+            self._trace.record(sent, self._lane, data, fds)
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import trio
 
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
 from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.trace import OFF, Tracer
 
 from .channel import Channel
 from .codec import Message, encode_request
@@ -51,10 +52,13 @@ BUSY = 64
 class Client:
     """Speaks vhost-user to a back-end. ``serve`` must run in a task while requests are made."""
 
-    def __init__(self, sock: trio.socket.SocketType, target: str) -> None:
+    def __init__(self, sock: trio.socket.SocketType, target: str, trace: Tracer = OFF) -> None:
         self.protocol = ProtocolFeature(0)
         self.target = target
-        self._channel = Channel(sock, FRONTEND_SPECS, replies=True, peer=f"back-end {target}")
+        self._trace = trace
+        self._channel = Channel(
+            sock, FRONTEND_SPECS, replies=True, peer=f"back-end {target}", trace=trace
+        )
         self._pending: deque[_Pending] = deque()
         self._order = trio.Lock()
         self._reverse: Channel | None = None
@@ -233,6 +237,7 @@ class Client:
             BACKEND_SPECS,
             replies=False,
             peer=f"back-end {self.target}",
+            trace=self._trace,
         )
         with fd:
             await self.request(Request.SET_BACKEND_REQ_FD, fds=[fd])

@@ -10,6 +10,7 @@ import trio
 from vhostbridge.backends.device import DeviceInfo
 from vhostbridge.backends.errors import BridgeError
 from vhostbridge.backends.lifecycle import Ability, Capabilities, How, State
+from vhostbridge.backends.trace import OFF, Tracer
 from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature
 
 from .client import Client
@@ -38,7 +39,7 @@ VRING_LIMIT = 256
 
 @asynccontextmanager
 async def open_vhost_user(
-    target: str, path: str, device_id: int | None = None
+    target: str, path: str, device_id: int | None = None, trace: Tracer = OFF
 ) -> AsyncIterator[VhostUserDevice]:
     """Connect to the back-end that listens on ``path`` for the block's length.
 
@@ -46,13 +47,13 @@ async def open_vhost_user(
         TargetError: nobody listens there.
         PeerError: what listens there does not speak vhost-user as a back-end.
     """
-    async with _client(await connect(path), target, device_id) as device:
+    async with _client(await connect(path), target, device_id, trace) as device:
         yield device
 
 
 @asynccontextmanager
 async def await_vhost_user(
-    target: str, path: str, device_id: int | None = None
+    target: str, path: str, device_id: int | None = None, trace: Tracer = OFF
 ) -> AsyncIterator[VhostUserDevice]:
     """Listen on ``path`` and wait for a back-end that connects (OVS and DPDK in client mode).
 
@@ -64,28 +65,28 @@ async def await_vhost_user(
         sock, _ = await listener.accept()
     finally:
         unlisten(listener, path)
-    async with _client(sock, target, device_id) as device:
+    async with _client(sock, target, device_id, trace) as device:
         yield device
 
 
 @asynccontextmanager
 async def adopt_vhost_user(
-    target: str, fd: int, device_id: int | None = None
+    target: str, fd: int, device_id: int | None = None, trace: Tracer = OFF
 ) -> AsyncIterator[VhostUserDevice]:
     """Like ``open_vhost_user``, on a connected socket that this process inherited.
 
     Raises:
         TargetError: ``fd`` is no connected UNIX stream socket.
     """
-    async with _client(adopt(fd), target, device_id) as device:
+    async with _client(adopt(fd), target, device_id, trace) as device:
         yield device
 
 
 @asynccontextmanager
 async def _client(
-    sock: trio.socket.SocketType, target: str, device_id: int | None
+    sock: trio.socket.SocketType, target: str, device_id: int | None, trace: Tracer
 ) -> AsyncIterator[VhostUserDevice]:
-    client = Client(sock, target)
+    client = Client(sock, target, trace)
     device: VhostUserDevice | None = None
     lost: BridgeError | None = None
     # Who is cancelled still has to stop the device, and needs the answers for that.
@@ -103,6 +104,7 @@ async def _client(
             nursery.start_soon(serve)
             try:
                 device = await _handshake(client, target, device_id)
+                device.trace = trace
                 if lost is not None:
                     raise lost
                 nursery.start_soon(client.serve_reverse)
