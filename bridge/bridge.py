@@ -27,6 +27,7 @@ from vhostbridge.backends.state_stream import (
     CheckedFd,
     check_stream,
 )
+from vhostbridge.backends.trace import OFF, Tracer
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
 
@@ -61,7 +62,9 @@ class Bridge:
     or FAILED.
     """
 
-    def __init__(self, config: BridgeConfig, keeper: Keeper | None = None) -> None:
+    def __init__(
+        self, config: BridgeConfig, keeper: Keeper | None = None, trace: Tracer = OFF
+    ) -> None:
         self.config = config
         self._keeper = keeper
         # What the process before this one left of a front-end.
@@ -70,6 +73,7 @@ class Bridge:
         self._left = trio.Event()
         self._accepting = trio.CancelScope()
         self.name = config.name
+        self.trace = trace
         self._opened: Opened | None = None
         self._session: Session | None = None
         self._front_end: int | None = None
@@ -154,7 +158,7 @@ class Bridge:
         one: Opened | None = None
         try:
             async with (
-                open_device(config.backend, config.device_id) as inner,
+                open_device(config.backend, config.device_id, self.trace) as inner,
                 with_shadow(inner, config.tracking, always=config.shadow) as device,
             ):
                 one = Opened(device, config)
@@ -222,7 +226,7 @@ class Bridge:
         return self._opened.device
 
     async def _serve_one(self, sock: trio.socket.SocketType, device: Device) -> None:
-        channel = Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end")
+        channel = Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end", trace=self.trace)
         async with self._lock:
             await self._load_waiting(device)
         session = Session(

@@ -16,6 +16,9 @@ from vhostbridge.backends.virtio import device_id_of
 
 from .tracking import Tracking
 
+#: How large a trace becomes before it is put aside, in bytes.
+TRACE_LIMIT = 64 << 20
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 _KEYS = {
     "name": str,
@@ -85,10 +88,17 @@ class BridgeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonConfig:
-    """What one daemon serves; ``control`` is its control socket, ``None`` for none."""
+    """What one daemon serves.
+
+    Attributes:
+        control: its control socket, ``None`` for none.
+        trace: the file that all is traced to, and how many bytes it grows to.
+    """
 
     bridges: list[BridgeConfig]
     control: Path | None = None
+    trace: Path | None = None
+    trace_limit: int = TRACE_LIMIT
 
 
 def control_folder() -> Path | None:
@@ -143,7 +153,8 @@ def parse_on_disconnect(text: str) -> OnDisconnect:
 
 
 def load_config(path: Path) -> DaemonConfig:
-    """Read a file of ``[[bridge]]`` tables and ``control``, a path or false for no socket.
+    """Read a file of ``[[bridge]]`` tables, ``control`` (a path or false for no socket), and
+    ``trace`` with its ``trace-size`` in MiB.
 
     Raises:
         ConfigError: it can't be read, is no TOML, or a bridge in it is wrong.
@@ -157,8 +168,9 @@ def load_config(path: Path) -> DaemonConfig:
         raise ConfigError(f"{path}: {error}") from None
     tables = document.pop("bridge", None)
     control = document.pop("control", True)
+    trace, trace_limit = _trace(path, document)
     if document or not isinstance(tables, list) or not tables:
-        raise ConfigError(f"{path}: expected [[bridge]] tables, control and nothing else")
+        raise ConfigError(f"{path}: expected [[bridge]] tables, control, trace and trace-size only")
     if not (isinstance(control, bool) or (isinstance(control, str) and control)):
         raise ConfigError(f"{path}: control must be a path, or false for no control socket")
     bridges = [_bridge(_Place(path, text, n), table) for n, table in enumerate(tables, 1)]
@@ -167,9 +179,20 @@ def load_config(path: Path) -> DaemonConfig:
         twice = {value for value in seen if seen.count(value) > 1}
         if twice:
             raise ConfigError(f"{path}: {key} {sorted(twice)[0]!r} is used twice")
-    if isinstance(control, str):
-        return DaemonConfig(bridges=bridges, control=Path(control))
-    return DaemonConfig(bridges=bridges, control=usual_control(path.stem) if control else None)
+    place = Path(control) if isinstance(control, str) else None
+    if control is True:
+        place = usual_control(path.stem)
+    return DaemonConfig(bridges=bridges, control=place, trace=trace, trace_limit=trace_limit)
+
+
+def _trace(path: Path, document: dict[str, object]) -> tuple[Path | None, int]:
+    trace, size = document.pop("trace", None), document.pop("trace-size", None)
+    if trace is not None and not (isinstance(trace, str) and trace):
+        raise ConfigError(f"{path}: trace must be the path of a file")
+    if size is not None and not (type(size) is int and 0 < size < 1 << 20):
+        raise ConfigError(f"{path}: trace-size must be a number of MiB")
+    limit = TRACE_LIMIT if size is None else size << 20
+    return None if trace is None else Path(trace), limit
 
 
 _TABLE = re.compile(r"\s*\[\[\s*bridge\s*\]\]")

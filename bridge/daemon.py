@@ -17,6 +17,7 @@ from .bridge import Bridge
 from .config import BridgeConfig, DaemonConfig
 from .keeping import Keeper
 from .notify import Notifier
+from .trace.tracing import Tracing
 
 _log = logging.getLogger("vhostbridge.daemon")
 
@@ -46,10 +47,13 @@ async def serve(config: DaemonConfig, again: Callable[[], DaemonConfig] | None =
     notifier = Notifier()
     keeper = Keeper(notifier)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    with trio.open_signal_receiver(*numbers) as signals:
+    with (
+        trio.open_signal_receiver(*numbers) as signals,
+        Tracing(config.trace, config.trace_limit) as tracing,
+    ):
         async with trio.open_nursery() as nursery:
             async with trio.open_nursery() as running:
-                daemon = _Daemon(config, running, notifier, keeper)
+                daemon = _Daemon(config, running, notifier, keeper, tracing)
                 nursery.start_soon(daemon.obey, signals, again, nursery.cancel_scope)
                 for one in config.bridges:
                     await daemon.start(one)
@@ -73,9 +77,15 @@ class _Running:
 
 class _Daemon:
     def __init__(
-        self, config: DaemonConfig, nursery: trio.Nursery, notifier: Notifier, keeper: Keeper
+        self,
+        config: DaemonConfig,
+        nursery: trio.Nursery,
+        notifier: Notifier,
+        keeper: Keeper,
+        tracing: Tracing,
     ) -> None:
         self._config = config
+        self._tracing = tracing
         self._nursery = nursery
         self._notifier = notifier
         self._keeper = keeper
@@ -89,7 +99,8 @@ class _Daemon:
         return f"serving {count} bridge{'' if count == 1 else 's'}"
 
     async def start(self, config: BridgeConfig) -> None:
-        bridge, one = Bridge(config, self._keeper), _Running(config)
+        trace = self._tracing.tracer(config.name)
+        bridge, one = Bridge(config, self._keeper, trace), _Running(config)
 
         async def run(task_status: trio.TaskStatus[None]) -> None:
             try:
@@ -156,6 +167,7 @@ class _Daemon:
         new = [one for one in config.bridges if one.name in gone or one.name not in self._running]
         if config.control != self._config.control:
             _log.warning("SIGHUP: another control socket needs a restart")
+        self._tracing.become(config.trace, config.trace_limit)
         for name in gone:
             await self._stop(name)
             _log.info("%s: %s", name, "restarting, it changed" if name in wanted else "removed")

@@ -125,7 +125,11 @@ async def set_backend_req_fd(session: Session, message: Message) -> None:
     if session.reverse is not None:
         session.reverse.close()
     session.reverse = Channel(
-        trio.socket.from_stdlib_socket(sock), BACKEND_SPECS, replies=True, peer="front-end"
+        trio.socket.from_stdlib_socket(sock),
+        BACKEND_SPECS,
+        replies=True,
+        peer="front-end",
+        trace=session.trace,
     )
 
 

@@ -82,6 +82,7 @@ class Session:
         #: Whether the operator suspended the device: the front-end can't start it meanwhile.
         self.held = False
         self.log = logging.LoggerAdapter(logging.getLogger("vhostbridge.session"), {"bridge": name})
+        self.trace = channel.trace
         self.features = 0
         self.protocol = ProtocolFeature(0)
         self.status = 0

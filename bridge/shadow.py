@@ -19,6 +19,7 @@ from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
 from vhostbridge.backends.lifecycle import Capabilities, How, State
 from vhostbridge.backends.mapping import unmap
 from vhostbridge.backends.state import DeviceState
+from vhostbridge.backends.trace import Tracer
 
 from .shadow_rings import GuestMap, ShadowRings, memory_size
 from .tracking import Tracking, able
@@ -72,6 +73,14 @@ class ShadowDevice(Device):
     @state.setter
     def state(self, value: State) -> None:
         self._inner.state = value
+
+    @property
+    def trace(self) -> Tracer:
+        return self._inner.trace
+
+    @trace.setter
+    def trace(self, value: Tracer) -> None:
+        self._inner.trace = value
 
     @property
     def failure(self) -> str:

@@ -16,6 +16,7 @@ from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.ring_memory import used_index
 from vhostbridge.backends.state_stream import Sink, Source
+from vhostbridge.backends.trace import Tracer
 from vhostbridge.backends.virtio import TransportFeature, device_name
 
 from .config import BridgeConfig
@@ -73,7 +74,7 @@ async def switch(old: Device, new: Device, session: Session | None, report: Swit
     await new.set_memory(regions)
     report.prepare += time.monotonic() - began
     ran = old.state is State.RUNNING
-    lap = _Laps(report)
+    lap = _Laps(report, old.trace)
     try:
         if ran:
             await old.suspend()
@@ -91,13 +92,15 @@ async def switch(old: Device, new: Device, session: Session | None, report: Swit
 
 
 class _Laps:
-    def __init__(self, report: SwitchReport) -> None:
+    def __init__(self, report: SwitchReport, trace: Tracer) -> None:
         self._report = report
+        self._trace = trace
         self._last = time.monotonic()
 
     def __call__(self, name: str) -> None:
         now = time.monotonic()
         self._report.phases[name] = now - self._last
+        self._trace.event("switch", phase=name, seconds=round(now - self._last, 6))
         self._last = now
 
 

@@ -13,7 +13,7 @@ import click
 from vhostbridge import __version__
 from vhostbridge.backends.errors import BridgeError, ConfigError, TransportLost, find_bridge_error
 
-from . import conform, control, serve, show, state
+from . import conform, control, serve, show, state, trace
 from .common import (
     INTERRUPTED,
     LOST,
@@ -85,7 +85,7 @@ def completion(shell: str) -> None:
     click.echo(script(shell, cli), nl=False)
 
 
-for group in (serve, show, control, state, conform):
+for group in (serve, show, control, state, conform, trace):
     for command in group.COMMANDS:
         cli.add_command(command)
 

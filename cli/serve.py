@@ -96,6 +96,19 @@ if TYPE_CHECKING:
     "or that of the file's name; users other than root: $XDG_RUNTIME_DIR for /run]",
 )
 @click.option("--no-control", is_flag=True, help="No such socket.")
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write every message, ioctl and event to FILE; vhost-bridge trace show reads it. FILE is "
+    "appended to; when it is full it becomes FILE.1 and begins anew.",
+)
+@click.option(
+    "--trace-size",
+    type=click.IntRange(1, (1 << 20) - 1),
+    metavar="MIB",
+    help="When FILE is full.  [default: 64]",
+)
 @debug_option
 @click.pass_context
 def serve(
@@ -114,6 +127,8 @@ def serve(
     config_file: Path | None,
     control: Path | None,
     no_control: bool,
+    trace: Path | None,
+    trace_size: int | None,
 ) -> None:
     """Serve devices to VMMs until SIGTERM or SIGINT.
 
@@ -138,10 +153,10 @@ def serve(
                          --backend vhost-user:/run/blk.sock
       vhost-bridge serve --name vm1 --listen /run/vm1.sock --backend vdpa:blk1 \\
                          --incoming vm1.state
-      vhost-bridge serve --config /etc/vhost-bridge.toml
+      vhost-bridge serve --config /etc/vhost-bridge.toml --trace /var/tmp/vhost-bridge.trace
 
     \b
-    The same in a file (control = "PATH" or false may stand before):
+    The same in a file (control = "PATH" or false, and trace = "PATH", may stand before):
       [[bridge]]
       name = "vm1"
       listen = "/run/vm1.sock"
@@ -173,7 +188,11 @@ def serve(
 
     def configure() -> DaemonConfig:
         found = _daemon_config(single, config_file)
-        return replace(found, control=control) if control is not None or no_control else found
+        if control is not None or no_control:
+            found = replace(found, control=control)
+        if trace is not None:
+            found = replace(found, trace=trace)
+        return found if trace_size is None else replace(found, trace_limit=trace_size << 20)
 
     config = configure()
     import logging

@@ -78,9 +78,7 @@ def device_on(target: str, chardev: Chardev) -> VdpaDevice:
 
 
 @asynccontextmanager
-async def open_vdpa(
-    target: str, node: Path, trace: Tracer = OFF
-) -> AsyncIterator[VdpaDevice]:
+async def open_vdpa(target: str, node: Path, trace: Tracer = OFF) -> AsyncIterator[VdpaDevice]:
     """Open a vhost-vdpa device for the block's length; it is reset on both ends.
 
     Raises:

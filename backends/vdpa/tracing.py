@@ -1,4 +1,4 @@
-"""What a trace says of the calls on a vhost-vdpa device: names as the kernel's headers have them."""
+"""What a trace says of the calls on a vhost-vdpa device, named as in the kernel's headers."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Channel:
     ) -> None:
         self._sock = sock
         self._peer = peer
-        self._trace = trace
+        self.trace = trace
         self._lane = Lane(peer, specs, replies)
         self._decoder = Decoder(specs, replies=replies, peer=peer)
         self._sending = trio.Lock()
@@ -95,9 +95,9 @@ class Channel:
                 raise TransportLost(f"the {self._peer} went away in the middle of a message")
             message = self._decoder.receive(data, fds)
             if message is not None:
-                if self._trace.on:
+                if self.trace.on:
                     seen = (message.request, message.payload, len(message.fds), message.need_reply)
-                    self._trace.record(received, self._lane, *seen)
+                    self.trace.record(received, self._lane, *seen)
                 return message
 
     async def send_request(
@@ -154,8 +154,8 @@ class Channel:
                 self._broken = False
 
     def _tell(self, data: bytes, fds: int = 0) -> None:
-        if self._trace.on:
-            self._trace.record(sent, self._lane, data, fds)
+        if self.trace.on:
+            self.trace.record(sent, self._lane, data, fds)
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:

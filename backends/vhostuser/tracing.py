@@ -77,9 +77,7 @@ def sent(device_id: int | None, lane: Lane, data: bytes, fds: int) -> Iterator[R
         spec = lane.specs.get(request)
         kind = Raw if spec is None else (spec.reply or U64) if reply else spec.payload
         ends = ("bridge", lane.peer)
-        record = _message(
-            device_id, lane, ends, request, kind.unpack(body), fds, reply, need_reply
-        )
+        record = _message(device_id, lane, ends, request, kind.unpack(body), fds, reply, need_reply)
         count = sum(1 for _ in same)
         yield record if count == 1 else {**record, "repeat": count}
         fds = 0
@@ -117,11 +115,16 @@ def _message(
     if fds:
         record["fds"] = fds
     spec = lane.specs.get(request)
-    acknowledges = reply and spec is not None and spec.reply is None
-    meaning = _acknowledgement(payload) if acknowledges else describe(device_id, lane, request, payload)
-    if meaning:
-        record["fields"] = meaning
+    if reply and spec is not None and spec.reply is None:
+        record["fields"] = _acknowledgement(payload)
+    elif meaning := describe(device_id, lane, request, payload):
+        # What a question leaves open.
+        unanswered = () if reply else _ANSWERS.get(record["name"], ())
+        record["fields"] = {k: v for k, v in meaning.items() if k not in unanswered}
     return record
+
+
+_ANSWERS: Mapping[object, tuple[str, ...]] = {"GET_CONFIG": ("data",), "GET_VRING_BASE": ("base",)}
 
 
 def _acknowledgement(payload: Payload) -> Fields:

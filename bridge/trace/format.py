@@ -50,3 +50,9 @@ def lines(item: Item) -> Iterator[bytes]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         yield line({**common, "kind": "event", "name": "not traced", "fields": {"reason": reason}})
+
+
+def event(name: str, **fields: object) -> bytes:
+    """The line of an event that belongs to no bridge and happens now."""
+    times = {"mono": time.monotonic_ns(), "wall": time.time_ns()}
+    return line({**times, "kind": "event", "name": name, "fields": fields})

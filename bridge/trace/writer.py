@@ -8,7 +8,6 @@ tears the last line.
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import queue
 import stat
@@ -19,14 +18,10 @@ from pathlib import Path
 
 from vhostbridge.backends.errors import TargetError
 from vhostbridge.backends.fds import OwnedFd
-from vhostbridge.backends.trace import Item, Tracer
+from vhostbridge.backends.trace import Item
 
 from . import format as trace_format
 
-_log = logging.getLogger("vhostbridge.trace")
-
-#: How large a file becomes before it is put aside, in bytes.
-LIMIT = 64 << 20
 # How many records may wait; what comes when the disk is that far behind is only counted.
 WAITING = 100_000
 # How many become one write.
@@ -37,11 +32,12 @@ class TraceFile:
     """One trace. At its limit it becomes ``FILE.1``, in place of an older one, and begins anew."""
 
     def __init__(
-        self, path: Path, limit: int = LIMIT, on_failure: Callable[[str], None] | None = None
+        self, path: Path, limit: int, on_failure: Callable[[str], None] | None = None
     ) -> None:
         """Open ``path`` to append to it, or make it, for this user only.
 
-        ``on_failure`` is called from another thread when nothing more can be written.
+        ``limit`` is in bytes. ``on_failure`` is called, from another thread, when nothing more can
+        be written.
 
         Raises:
             TargetError: it can't be written, is another process's trace or none at all.
@@ -57,7 +53,7 @@ class TraceFile:
             self._write(trace_format.header(continued=False))
         except OSError as error:
             self._fd.close()
-            raise TargetError(f"cannot write {path}: {error.strerror}") from None
+            raise TargetError(f"cannot write the trace {path}: {error.strerror}") from None
         self._thread = threading.Thread(target=self._run, name="trace", daemon=True)
         self._thread.start()
 
@@ -76,17 +72,20 @@ class TraceFile:
         self._fd.close()
 
     def _run(self) -> None:
-        failed = False
-        while (batch := self._take())[0] is not None:
+        failed = ended = False
+        while not ended:
+            batch = self._take()
+            ended = batch[-1] is None
             if failed:
                 continue
             try:
-                self._append(batch)
+                self._append([item for item in batch if item is not None])
             except OSError as error:
                 failed = True
-                self._on_failure(f"cannot write {self.path}: {error.strerror}")
-            if batch[-1] is None:
-                return
+                self._on_failure(f"cannot write the trace {self.path}: {error.strerror}")
+            except TargetError as error:
+                failed = True
+                self._on_failure(str(error))
 
     # What waits, at least one; after None comes nothing.
     def _take(self) -> list[Item | None]:
@@ -96,15 +95,13 @@ class TraceFile:
                 batch.append(self._queue.get_nowait())
         return batch
 
-    def _append(self, batch: list[Item | None]) -> None:
-        data = b"".join(
-            line for item in batch if item is not None for line in trace_format.lines(item)
-        )
+    def _append(self, batch: list[Item]) -> None:
+        data = b"".join(line for item in batch for line in trace_format.lines(item))
         if self._dropped:
             with self._counting:
                 count, self._dropped = self._dropped, 0
-            data += b"".join(trace_format.lines(_dropped(count, batch[0])))
-        if self._size + len(data) > self._limit:
+            data += trace_format.event("records lost", count=count, reason="the disk is too slow")
+        if data and self._size + len(data) > self._limit:
             self._put_aside()
         self._write(data)
 
@@ -121,3 +118,46 @@ class TraceFile:
             count = os.write(self._fd.fileno(), view)
             self._size += count
             view = view[count:]
+
+
+def open_trace(path: Path) -> tuple[OwnedFd, int]:
+    """Open a trace to append to it, or make one; its size in bytes too.
+
+    It is locked for this process, and for this user only. Links are not followed.
+
+    Raises:
+        TargetError: it can't be written, is another process's trace or none at all.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        fd = OwnedFd(os.open(path, flags, 0o600))
+    except OSError as error:
+        raise TargetError(f"cannot write the trace {path}: {error.strerror}") from None
+    try:
+        return fd, _prepare(fd, path)
+    except OSError as error:
+        fd.close()
+        raise TargetError(f"cannot write the trace {path}: {error.strerror}") from None
+    except TargetError:
+        fd.close()
+        raise
+
+
+def _prepare(fd: OwnedFd, path: Path) -> int:
+    number = fd.fileno()
+    facts = os.fstat(number)
+    if not stat.S_ISREG(facts.st_mode):
+        raise TargetError(f"{path} is no regular file", "a trace is written to a file")
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TargetError(
+            f"another vhost-bridge writes the trace {path}", "name another file"
+        ) from None
+    if facts.st_size and not os.pread(number, 64, 0).startswith(trace_format.MAGIC):
+        raise TargetError(f"{path} is there and is no trace", "name another file, or remove it")
+    os.fchmod(number, 0o600)
+    if facts.st_size and os.pread(number, 1, facts.st_size - 1) != b"\n":
+        # Its last line was torn when a daemon was killed.
+        return facts.st_size + os.write(number, b"\n")
+    return facts.st_size
