@@ -276,7 +276,7 @@ class Bridge:
     async def _go_on(self, arrival: Arrival) -> None:
         device = await self._available()
         self._arrival = None
-        channel = arrival.channel()
+        channel = arrival.channel(self.trace)
         session = Session(
             self.name,
             channel,

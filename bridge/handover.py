@@ -24,6 +24,7 @@ from vhostbridge.backends.fds import OwnedFd, close_all, is_eventfd
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state import PRODUCER
 from vhostbridge.backends.state_stream import Sink, check_stream, save_stream
+from vhostbridge.backends.trace import OFF, Tracer
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature, Region, VringAddr
 from vhostbridge.backends.vhostuser.specs import BACKEND_SPECS, FRONTEND_SPECS
@@ -284,10 +285,10 @@ class Arrival:
     def take_some(self, index: int | None) -> OwnedFd | None:
         return None if index is None else self.take(index)
 
-    def channel(self) -> Channel:
-        """The front-end's connection."""
+    def channel(self, trace: Tracer = OFF) -> Channel:
+        """The front-end's connection; ``trace`` is told what it says."""
         sock = _stream(self.take(self.facts.socket))
-        return Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end")
+        return Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end", trace=trace)
 
     def give_to(self, session: Session) -> None:
         """Let a new session know what the old one knew; the device is not touched.
@@ -302,7 +303,9 @@ class Arrival:
         session.held = facts.held
         if facts.reverse is not None:
             sock = _stream(self.take(facts.reverse))
-            session.reverse = Channel(sock, BACKEND_SPECS, replies=True, peer="front-end")
+            session.reverse = Channel(
+                sock, BACKEND_SPECS, replies=True, peer="front-end", trace=session.trace
+            )
         for one in facts.regions:
             self._give_region(session, _read(RegionFacts, one))
         for one in facts.vrings:

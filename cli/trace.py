@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vhostbridge.backends.errors import ConfigError
+from vhostbridge.backends.errors import ConfigError, TargetError
 
 from .common import Commands, complain, debug_option, need_command
 
@@ -144,10 +144,12 @@ def _print_flushed(lines: Iterable[str], flush: bool) -> None:
             if flush:
                 sys.stdout.flush()
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read it has seen enough; nothing is left to be flushed at the end.
+    except OSError as error:
+        # Nothing is left to be flushed at the end.
         sys.stdout = open("/dev/null", "w", encoding="utf-8")  # noqa: SIM115
-        raise SystemExit(0) from None
+        if isinstance(error, BrokenPipeError):
+            return  # whoever read it has seen enough
+        raise TargetError(f"cannot write standard output: {error.strerror}") from None
 
 
 def _draw(entries: Iterable[Entry], svg: str | None, html: str | None) -> None:
@@ -165,8 +167,6 @@ def _draw(entries: Iterable[Entry], svg: str | None, html: str | None) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    from vhostbridge.backends.errors import TargetError
-
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -31,11 +31,11 @@ def read(path: str, *, follow: bool = False, note: Callable[[str], None]) -> Ite
     """
     try:
         if path == "-":
-            yield from _records(sys.stdin.buffer, "standard input", lambda: False, note)
+            yield from records(sys.stdin.buffer, "standard input", lambda: False, note)
             return
         while True:
             with Path(path).open("rb") as file:
-                yield from _records(file, path, _waiting(path, file, follow), note)
+                yield from records(file, path, _waiting(path, file, follow), note)
             if not follow:
                 return
     except OSError as error:
@@ -57,9 +57,10 @@ def _waiting(path: str, file: BinaryIO, follow: bool) -> Callable[[], bool]:
     return more
 
 
-def _records(
+def records(
     file: BinaryIO, name: str, more: Callable[[], bool], note: Callable[[str], None]
 ) -> Iterator[Read]:
+    """The records of an open file; ``more`` is asked at its end whether to look again."""
     first = True
     torn: tuple[int, Damaged] | None = None
     for number, line in enumerate(_lines(file, more), 1):

@@ -87,12 +87,9 @@ def title(entry: Entry) -> str:
 def span(nanoseconds: int) -> str:
     """A length of time, for people."""
     for unit, size in (("s", 10**9), ("ms", 10**6), ("µs", 10**3)):
-        if nanoseconds >= size:
-            return (
-                f"{nanoseconds / size:.3g} {unit}"
-                if nanoseconds < 1000 * size
-                else (f"{nanoseconds // size} {unit}")
-            )
+        if nanoseconds >= size * 0.9995:
+            value = nanoseconds / size
+            return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
     return f"{nanoseconds} ns"
 
 

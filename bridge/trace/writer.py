@@ -96,13 +96,19 @@ class TraceFile:
         return batch
 
     def _append(self, batch: list[Item]) -> None:
-        data = b"".join(line for item in batch for line in trace_format.lines(item))
+        lines = [line for item in batch for line in trace_format.lines(item)]
         if self._dropped:
             with self._counting:
                 count, self._dropped = self._dropped, 0
-            data += trace_format.event("records lost", count=count, reason="the disk is too slow")
-        if data and self._size + len(data) > self._limit:
-            self._put_aside()
+            lost = {"count": count, "reason": "the disk is too slow"}
+            lines.append(trace_format.event("records lost", **lost))
+        data = bytearray()
+        for line in lines:
+            if self._size + len(data) + len(line) > self._limit:
+                self._write(data)
+                self._put_aside()
+                data.clear()
+            data += line
         self._write(data)
 
     def _put_aside(self) -> None:
@@ -112,12 +118,11 @@ class TraceFile:
         self._fd = fd
         self._write(trace_format.header(continued=True))
 
-    def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            count = os.write(self._fd.fileno(), view)
-            self._size += count
-            view = view[count:]
+    def _write(self, data: bytes | bytearray) -> None:
+        done = 0
+        while done < len(data):
+            done += os.write(self._fd.fileno(), data[done:])
+        self._size += done
 
 
 def open_trace(path: Path) -> tuple[OwnedFd, int]:
