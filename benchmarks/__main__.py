@@ -1,12 +1,19 @@
-"""``python -m benchmarks [host|model|shadow|vm]``: measure and print Markdown tables."""
+"""``python -m benchmarks [PART ...]``: measure, all or the parts named, and print tables."""
 
 from __future__ import annotations
 
 import sys
 
-from . import host, model, shadow, vm
+from . import host, migration, model, shadow, svq, vm
 
-PARTS = {"host": host.measure, "model": model.measure, "shadow": shadow.measure, "vm": vm.measure}
+PARTS = {
+    "host": host.measure,
+    "migration": migration.measure,
+    "model": model.measure,
+    "shadow": shadow.measure,
+    "svq": svq.measure,
+    "vm": vm.measure,
+}
 
 
 def main() -> int:

@@ -47,7 +47,9 @@ def running(argv: list[str], ready: Path, log: Path) -> Iterator[subprocess.Pope
         process.wait(60)
 
 
-def storage_daemon(folder: Path, sockets: list[Path], image: Path | None) -> list[str]:
+def storage_daemon(
+    folder: Path, sockets: list[Path], image: Path | None, *, queues: int = 1
+) -> list[str]:
     """qemu-storage-daemon with one vhost-user-blk export, and one disk, for every socket."""
     argv = ["qemu-storage-daemon"]
     for number, socket in enumerate(sockets):
@@ -61,7 +63,7 @@ def storage_daemon(folder: Path, sockets: list[Path], image: Path | None) -> lis
         argv += [
             "--export",
             f"type=vhost-user-blk,id=e{number},node-name=d{number},writable=on,"
-            f"addr.type=unix,addr.path={socket}",
+            f"addr.type=unix,addr.path={socket},num-queues={queues}",
         ]
     return peer_argv(argv)
 

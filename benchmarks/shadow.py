@@ -23,7 +23,7 @@ from .measure import processor_seconds, spread, table
 ROUNDS = 7
 SECONDS = 1.0
 TOGGLES = 200
-DEPTHS = (1, 32, 128)
+LOADS = ((1, 1), (32, 1), (128, 1), (1, 2), (32, 2), (32, 4))  # requests at once, and queues
 
 
 def distribution(seconds: Sequence[float]) -> list[str]:
@@ -45,12 +45,13 @@ def cost(folder: Path) -> str:
     argv[1].append("--shadow")
     rows = []
     with (
-        running(storage_daemon(folder, behind, None), behind[1], folder / "qsd.log"),
+        running(storage_daemon(folder, behind, None, queues=4), behind[1], folder / "qsd.log"),
         running(argv[0], front[0], log[0]),
         running(argv[1], front[1], log[1]) as daemon,
     ):
-        for depth in DEPTHS:
-            options = ("--depth", str(depth), "--seconds", f"{SECONDS:g}", "--size", str(DISK))
+        for depth, queues in LOADS:
+            options = ["--depth", str(depth), "--queues", str(queues)]
+            options += ["--seconds", f"{SECONDS:g}", "--size", str(DISK)]
             pairs, busy = [], []
             for number in range(ROUNDS):
                 result = {}
@@ -65,7 +66,8 @@ def cost(folder: Path) -> str:
             mean = [shadow["mean_ns"] / direct["mean_ns"] for shadow, direct in pairs]
             absolute = statistics.median(shadow["iops"] for shadow, _ in pairs)
             cells = [spread(iops), spread(mean), f"{absolute:,.0f}", spread(busy, 1)]
-            rows.append([f"randread QD{depth}", *cells])
+            many = f", {queues} queues" if queues > 1 else ""
+            rows.append([f"randread QD{depth}{many}", *cells])
     head = ["4 KiB", "IOPS, shadow / direct", "mean latency, shadow / direct", "IOPS, shadow"]
     return table([*head, "daemon's µs of processor a request"], rows)
 

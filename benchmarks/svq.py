@@ -1,0 +1,107 @@
+"""In the virtual machine, on vdpa_sim_net: our shadow vrings beside QEMU's own (x-svq=on).
+
+Both are driven through QEMU's virtio-net by the same driver; see ``qtest_net``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.rig.product import build_wheel
+from tests.rig.vm import Vm
+
+from . import qtest_net
+from .measure import spread, table
+
+ROUNDS = 7
+SECONDS = 2.0
+DEPTHS = (1, 32, 128)
+MIGRATIONS = 7
+SCRIPT = Path(qtest_net.__file__)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How QEMU gets at the device, and the daemons whose processor time counts."""
+
+    netdev: list[str]
+    daemons: list[int]
+
+
+def script(vm: Vm, what: str, *arguments: object) -> Any:
+    """What ``qtest_net`` prints in the machine."""
+    argv = ["python3", f"{vm.share_guest}/{SCRIPT.name}", *map(json.dumps, (what, *arguments))]
+    return json.loads(vm.run(argv, timeout=120, memlock=True).stdout.splitlines()[-1])
+
+
+def own(vm: Vm, device: str, *, svq: bool) -> Way:
+    """QEMU's own vhost-vdpa."""
+    node = vm.run(f"ls /sys/bus/vdpa/devices/{device} | grep vhost-vdpa").stdout.strip()
+    shadow = ",x-svq=on" if svq else ""
+    return Way(["-netdev", f"vhost-vdpa,id=net,vhostdev=/dev/{node}{shadow}"], [])
+
+
+@contextmanager
+def bridged(vm: Vm, device: str, *options: str) -> Iterator[Way]:
+    """vhost-user and a bridge."""
+    path = f"/run/{device}.sock"
+    argv = ["vhost-bridge", "serve", "--name", device, "--listen", path, *options]
+    job = vm.start([*argv, "--backend", f"vdpa:{device}"], memlock=True)
+    job.wait_for_output("serving", 60)
+    pid = int(vm.run(f"pgrep -f 'serve --name {device}' | head -n 1").stdout)
+    yield Way(
+        ["-chardev", f"socket,id=c,path={path}", "-netdev", "vhost-user,id=net,chardev=c"], [pid]
+    )
+    job.kill(signal.SIGTERM)
+    job.wait(30)
+
+
+def compare(vm: Vm, theirs: Way, ours: Way) -> str:
+    """Our frames a second and processor time a frame over theirs, in turn."""
+    rows = []
+    for depth in DEPTHS:
+        pairs = []
+        for number in range(ROUNDS):
+            order = [theirs, ours] if number % 2 else [ours, theirs]
+            took = [script(vm, "pace", way.netdev, way.daemons, depth, SECONDS) for way in order]
+            pairs.append(took if order[0] is ours else took[::-1])
+        ratio = {key: [a[key] / b[key] for a, b in pairs] for key in ("pace", "processor")}
+        absolute = [
+            statistics.median(one["pace"] for one in side) for side in zip(*pairs, strict=True)
+        ]
+        cells = [f"{value:,.0f}" for value in absolute]
+        rows.append([str(depth), spread(ratio["pace"]), spread(ratio["processor"]), *cells])
+    head = ["frames at once", "frames/s, ours / QEMU's", "processor time a frame, ours / QEMU's"]
+    return table([*head, "frames/s, ours", "QEMU's"], rows)
+
+
+def downtimes(vm: Vm) -> str:
+    """What QEMU reports for a migration from one device to another."""
+    rows = []
+    with bridged(vm, "net0") as here, bridged(vm, "net1") as there:
+        took = [script(vm, "downtime", here.netdev, there.netdev) for _ in range(MIGRATIONS)]
+        rows.append(["vhost-user and bridges", spread(took, 0)])
+    ways = [own(vm, name, svq=False).netdev for name in ("net0", "net1")]
+    took = [script(vm, "downtime", *ways) for _ in range(MIGRATIONS)]
+    rows.append(["QEMU's own vhost-vdpa", spread(took, 0)])
+    return table([f"{MIGRATIONS} migrations", "downtime, ms, median (least-greatest)"], rows)
+
+
+def measure() -> Iterator[tuple[str, str]]:
+    """Titles and tables, as they come."""
+    with Vm(wheel=build_wheel()) as vm:
+        shutil.copy2(SCRIPT, vm.share_host / SCRIPT.name)
+        for name in ("net0", "net1"):
+            vm.run(f"vdpa dev add name {name} mgmtdev vdpasim_net mac 52:54:00:11:22:33")
+        with bridged(vm, "net1", "--shadow") as ours:
+            title = "Shadow vrings beside QEMU's: vdpa_sim_net (emulated machine)"
+            yield title, compare(vm, own(vm, "net0", svq=True), ours)
+        yield "Downtime over vdpa_sim_net (emulated machine)", downtimes(vm)
