@@ -373,6 +373,11 @@ class Device(ABC):
         if log is not None:
             raise Unsupported(f"{self.info.target} does not log what it writes")
 
+    def control_report(self) -> dict[str, str]:
+        """Of a network device: the ``driver`` of its control vring and what it was told; or
+        nothing."""
+        return {}
+
     async def send_rarp(self, mac: int) -> None:
         """Announce the guest's MAC (vhost-user SEND_RARP's payload) to the network."""
         raise BridgeError(f"{self.info.target} does not announce guests by RARP")

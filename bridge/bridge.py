@@ -32,6 +32,7 @@ from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
 
 from .config import BridgeConfig
+from .controlled import with_control
 from .endpoint import Endpoint, open_endpoint
 from .handlers import HANDLERS
 from .handover import Arrival, pack, unpack
@@ -158,7 +159,8 @@ class Bridge:
         one: Opened | None = None
         try:
             async with (
-                open_device(config.backend, config.device_id, self.trace) as inner,
+                open_device(config.backend, config.device_id, self.trace) as opened,
+                with_control(opened, config.mac) as inner,
                 with_shadow(inner, config.tracking, always=config.shadow) as device,
             ):
                 one = Opened(device, config)

@@ -31,6 +31,7 @@ _KEYS = {
     "dirty-log": str,
     "shadow": bool,
     "on-disconnect": str,
+    "mac": str,
 }
 
 
@@ -53,6 +54,7 @@ class BridgeConfig:
         tracking: by what means a migrating front-end is told what the device wrote.
         shadow: requests always pass through shadow vrings.
         on_disconnect: what becomes of the device when its front-end goes.
+        mac: the address that a vDPA network device is given, 6 bytes.
 
     Raises:
         ConfigError: on construction, when something is missing, too much or malformed.
@@ -69,6 +71,7 @@ class BridgeConfig:
     tracking: Tracking = Tracking.AUTO
     shadow: bool = False
     on_disconnect: OnDisconnect = OnDisconnect.RESET
+    mac: bytes | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -122,6 +125,21 @@ def parse_mode(text: str) -> int:
     if not re.fullmatch(r"0?[0-7]{3}", text):
         raise ConfigError(f"{text!r} is no socket mode", "three octal digits, such as 0660")
     return int(text, 8)
+
+
+def parse_mac(text: str) -> bytes:
+    """The bytes of a network device's address.
+
+    Raises:
+        ConfigError: it is no address that one device can have.
+    """
+    if re.fullmatch(r"([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}", text):
+        mac = bytes.fromhex(text.replace(":", ""))
+        if any(mac) and not mac[0] & 1:
+            return mac
+    raise ConfigError(
+        f"{text!r} is no MAC address of a device", "six bytes, such as 52:54:00:12:34:56"
+    )
 
 
 def parse_tracking(text: str) -> Tracking:
@@ -240,6 +258,7 @@ def _bridge(place: _Place, table: object) -> BridgeConfig:
             tracking=parse_tracking(table.get("dirty-log", "auto")),
             shadow=table.get("shadow", False),
             on_disconnect=parse_on_disconnect(table.get("on-disconnect", "reset")),
+            mac=parse_mac(table["mac"]) if "mac" in table else None,
         )
     except ConfigError as error:
         raise ConfigError(f"{place()}: {error.message}", error.hint) from None

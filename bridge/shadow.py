@@ -5,33 +5,30 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from types import MappingProxyType
 
 import trio
 
-from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup, whole
+from vhostbridge.backends.device import Device, MemoryRegion, VringSetup, whole
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
-from vhostbridge.backends.lifecycle import Capabilities, How, State
+from vhostbridge.backends.lifecycle import How, State
 from vhostbridge.backends.mapping import unmap
 from vhostbridge.backends.state import DeviceState
-from vhostbridge.backends.trace import Tracer
 
 from .shadow_rings import GuestMap, ShadowRings, memory_size
 from .tracking import Tracking, able
+from .window import CEILING, free_window
+from .wrapped import WrappedDevice
 
 _log = logging.getLogger("vhostbridge.shadow")
 
-# Shadow vrings lie as high as the device reaches, but below this: guests have no memory there,
-# and front-ends whose guest addresses are their own user addresses have theirs above.
-_CEILING = 1 << 46
 
-
-class ShadowDevice(Device):
+class ShadowDevice(WrappedDevice):
     """A device that takes its vrings straight from the guest, or through shadow vrings.
 
     To its user it is the device itself: the same states, vrings, memory and failure.
@@ -40,11 +37,10 @@ class ShadowDevice(Device):
     def __init__(
         self, inner: Device, tracking: Tracking = Tracking.AUTO, *, always: bool = False
     ) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._tracking = tracking
-        self.transport = inner.transport
-        self.info: DeviceInfo = replace(inner.info, region_max=max(1, inner.info.region_max - 1))
-        self.capabilities: Capabilities = able(inner, tracking)
+        self.info = replace(inner.info, region_max=max(1, inner.info.region_max - 1))
+        self.capabilities = able(inner, tracking)
         self._memory: Sequence[MemoryRegion] = ()
         self._map = GuestMap()
         # Whether requests shall pass through shadow vrings when they pass next.
@@ -64,40 +60,6 @@ class ShadowDevice(Device):
         # Whether all memory is to be marked whenever the device stops.
         self._mark_all = False
 
-    # What is the device's own
-
-    @property
-    def state(self) -> State:
-        return self._inner.state
-
-    @state.setter
-    def state(self, value: State) -> None:
-        self._inner.state = value
-
-    @property
-    def trace(self) -> Tracer:
-        return self._inner.trace
-
-    @trace.setter
-    def trace(self, value: Tracer) -> None:
-        self._inner.trace = value
-
-    @property
-    def failure(self) -> str:
-        return self._inner.failure
-
-    @failure.setter
-    def failure(self, value: str) -> None:
-        self._inner.failure = value
-
-    @property
-    def failed(self) -> trio.Event:
-        return self._inner.failed
-
-    @failed.setter
-    def failed(self, value: trio.Event) -> None:
-        self._inner.failed = value
-
     @property
     def features(self) -> int:
         return self._inner.features if self._guest is None else self._features
@@ -107,14 +69,6 @@ class ShadowDevice(Device):
         self._features = value
 
     @property
-    def on_config_change(self) -> Callable[[], None]:
-        return self._inner.on_config_change
-
-    @on_config_change.setter
-    def on_config_change(self, value: Callable[[], None]) -> None:
-        self._inner.on_config_change = value
-
-    @property
     def vrings(self) -> Mapping[int, VringSetup]:
         return self._inner.vrings if self._guest is None else MappingProxyType(self._guest)
 
@@ -122,31 +76,6 @@ class ShadowDevice(Device):
     def shadowed(self) -> bool:
         """Whether requests pass through shadow vrings now."""
         return self._rings is not None
-
-    @property
-    def internal_owner(self) -> str | None:
-        return self._inner.internal_owner
-
-    def internal_source(self) -> AbstractAsyncContextManager[OwnedFd]:
-        return self._inner.internal_source()
-
-    def internal_sink(self) -> AbstractAsyncContextManager[OwnedFd]:
-        return self._inner.internal_sink()
-
-    async def read_config(self, offset: int, size: int) -> bytes:
-        return await self._inner.read_config(offset, size)
-
-    async def full_config(self) -> bytes:
-        return await self._inner.full_config()
-
-    async def write_config(self, offset: int, data: bytes, flags: int) -> None:
-        await self._inner.write_config(offset, data, flags)
-
-    async def send_rarp(self, mac: int) -> None:
-        await self._inner.send_rarp(mac)
-
-    async def set_mtu(self, mtu: int) -> None:
-        await self._inner.set_mtu(mtu)
 
     # Memory
 
@@ -221,7 +150,7 @@ class ShadowDevice(Device):
     async def _go_through(self, features: int, vrings: Sequence[VringSetup]) -> None:
         await self._drop_rings()
         self._map.update(self._memory)
-        iova = self._window(memory_size(features, vrings))
+        iova = free_window(self.info, self._memory, memory_size(features, vrings), CEILING)
         rings = await self._make_rings(features, vrings, iova)
         try:
             rings.set_log(self._dirty, self._used_logs)
@@ -263,18 +192,6 @@ class ShadowDevice(Device):
     def take_over(self, rings: ShadowRings) -> None:
         """Begin the next ``run`` with what is in flight in these vrings."""
         self._inherited = rings
-
-    # The highest place that no guest memory overlaps.
-    def _window(self, size: int) -> int:
-        end = min(self.info.iova_last + 1, _CEILING) & ~0xFFFF
-        for region in sorted(self._memory, key=lambda r: -r.guest_address):
-            if region.guest_address < end and region.end > end - size:
-                end = region.guest_address & ~0xFFFF
-        if end - size < self.info.iova_first:
-            raise Unsupported(
-                f"{self.info.target} has no addresses left for shadow vrings beside guest memory"
-            )
-        return (end - size) & ~0xFFFF
 
     # The device stands still and is about to get other vrings.
     async def _drop_rings(self) -> None:
@@ -346,9 +263,6 @@ class ShadowDevice(Device):
     def load(self, state: DeviceState) -> None:
         self._inner.load(state)
         self._guest = None
-
-    def _place(self, features: int, vrings: Sequence[VringSetup]) -> None:
-        raise AssertionError("load goes to the device itself")
 
     async def aclose(self) -> None:
         if self._rings is not None:

@@ -44,6 +44,8 @@ class BridgeStatus:
         features: what was negotiated.
         status: the virtio device status byte.
         capabilities: for each ability ``how`` (native, emulated, no) and ``why``.
+        control: of a network device: who drives its control vring, and what the device was told
+            through it; empty where that is nobody's business.
     """
 
     name: str
@@ -59,6 +61,7 @@ class BridgeStatus:
     features: int
     status: int
     capabilities: Mapping[str, Mapping[str, str]]
+    control: Mapping[str, str]
     vrings: tuple[VringStatus, ...]
 
 
@@ -100,6 +103,7 @@ def to_wire(status: BridgeStatus) -> dict[str, object]:
     """The object of type ``BridgeStatus`` in the interface's definition."""
     message = {_ON_WIRE.get(f.name, f.name): getattr(status, f.name) for f in fields(status)}
     message["capabilities"] = {key: dict(one) for key, one in status.capabilities.items()}
+    message["control"] = dict(status.control)
     message["vrings"] = [
         {f.name: getattr(vring, f.name) for f in fields(vring)} for vring in status.vrings
     ]

@@ -54,6 +54,9 @@ def _bridge(status: BridgeStatus) -> Iterator[str]:
         key.replace("_", " ") for key, a in status.capabilities.items() if a["how"] == "no"
     ]:
         rows["can't"] = ", ".join(missing)
+    if status.control:
+        facts = dict(status.control)
+        rows["control"] = ", ".join([facts.pop("driver"), *(f"{k} {v}" for k, v in facts.items())])
     for key, value in rows.items():
         yield f"  {key.ljust(10)} {value}"
     head = ("VRING", "SIZE", "STATE", "BASE", "AVAILABLE", "USED")

@@ -41,6 +41,7 @@ def survey(
         features=0 if device is None else device.features,
         status=0 if session is None else session.status,
         capabilities={} if device is None else capabilities_report(device.capabilities),
+        control={} if device is None else device.control_report(),
         vrings=() if device is None else _vrings(device, session),
     )
 

@@ -76,6 +76,11 @@ if TYPE_CHECKING:
     "next VMM goes on if it has the same memory and vrings).  [default: reset]",
 )
 @click.option(
+    "--mac",
+    metavar="MAC",
+    help="Give a vDPA network device this address, the one that the VM's network device has.",
+)
+@click.option(
     "--socket-mode",
     metavar="MODE",
     help="Permissions of the --listen socket, octal; connecting needs write permission.  "
@@ -123,6 +128,7 @@ def serve(
     dirty_log: str | None,
     shadow: bool | None,
     on_disconnect: str | None,
+    mac: str | None,
     socket_mode: str | None,
     config_file: Path | None,
     control: Path | None,
@@ -153,6 +159,8 @@ def serve(
                          --backend vhost-user:/run/blk.sock
       vhost-bridge serve --name vm1 --listen /run/vm1.sock --backend vdpa:blk1 \\
                          --incoming vm1.state
+      vhost-bridge serve --name vm3 --listen /run/vm3.sock --backend vdpa:net0 \\
+                         --mac 52:54:00:12:34:56
       vhost-bridge serve --config /etc/vhost-bridge.toml --trace /var/tmp/vhost-bridge.trace
 
     \b
@@ -179,6 +187,7 @@ def serve(
         "--dirty-log": dirty_log,
         "--shadow": shadow,
         "--on-disconnect": on_disconnect,
+        "--mac": mac,
         "--socket-mode": socket_mode,
     }
     if control is not None and no_control:
@@ -216,6 +225,7 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
         BridgeConfig,
         DaemonConfig,
         load_config,
+        parse_mac,
         parse_mode,
         parse_on_disconnect,
         parse_tracking,
@@ -250,6 +260,7 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
         tracking=parse_tracking(single["--dirty-log"] or "auto"),
         shadow=bool(single["--shadow"]),
         on_disconnect=parse_on_disconnect(single["--on-disconnect"] or "reset"),
+        mac=parse_mac(single["--mac"]) if single["--mac"] is not None else None,
     )
     return DaemonConfig(bridges=[bridge], control=usual_control(bridge.name))
 

@@ -6,7 +6,10 @@ from cffi import FFI
 
 # Paths lead through the package folder, so that the sdist holds what the wheel is built from.
 FOLDER = "vhostbridge/native"
-SOURCES = ("vb_native", "eventfd", "guest_ring", "device_ring", "shadow", "shadow_thread")
+SOURCES = (
+    *("vb_native", "eventfd", "guest_ring", "device_ring", "shadow", "shadow_thread"),
+    "control",
+)
 
 
 def declarations(header: str) -> str:
@@ -18,9 +21,10 @@ def declarations(header: str) -> str:
 ffi = FFI()
 ffi.cdef(Path(FOLDER, "abi.cdef.h").read_text(encoding="utf-8"))
 ffi.cdef(declarations("shadow.h"))
+ffi.cdef(declarations("control.h"))
 ffi.set_source(
     "vhostbridge.native._native",
-    '#include "compat.h"\n#include "vb_native.h"\n#include "shadow.h"\n',
+    '#include "compat.h"\n#include "vb_native.h"\n#include "shadow.h"\n#include "control.h"\n',
     sources=[f"{FOLDER}/{name}.c" for name in SOURCES],
     include_dirs=[FOLDER],
     extra_compile_args=["-Wall", "-Wextra", "-Wno-unused-parameter", "-O2", "-pthread"],

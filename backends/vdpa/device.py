@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import trio
 
+from vhostbridge.backends.control_vring import ControlVring
 from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup, whole
 from vhostbridge.backends.errors import BridgeError, KernelRefused, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
@@ -20,6 +21,7 @@ from vhostbridge.backends.ring_memory import available_index, used_index
 from vhostbridge.backends.virtio import DeviceId, TransportFeature
 
 from .chardev import BackendFeature, Chardev
+from .control_space import ControlSpace
 from .memory import GuestMemory, check_regions
 
 T = TypeVar("T")
@@ -55,6 +57,11 @@ class VdpaDevice(Device):
         chardev.set_backend_features(acked)
         self._persist = BackendFeature.IOTLB_PERSIST in acked
         self._memory = GuestMemory(chardev, batch=BackendFeature.IOTLB_BATCH in acked)
+        self._control_space = ControlSpace(chardev, self._memory, acked)
+        #: A control vring of the bridge's own, which runs with those of the next ``run``.
+        self.control: ControlVring | None = None
+        # The one that the device was started with.
+        self._controlled: ControlVring | None = None
         # Each has a base only while the device is suspended.
         self._rings: dict[int, VringSetup] = {}
         # Whether the device itself was reset although the model says SUSPENDED (no SUSPEND ioctl).
@@ -129,7 +136,7 @@ class VdpaDevice(Device):
         ran = self.state is State.RUNNING
         if ran:
             await self.suspend()
-        before = (self.features, dict(self._rings))
+        before = (self._controlled, self.features, dict(self._rings))
         try:
             await self._go(features, [self._with_base(vring) for vring in vrings])
         except BridgeError as error:
@@ -143,12 +150,17 @@ class VdpaDevice(Device):
         if self.state is State.SUSPENDED and self._can_resume(features, vrings):
             await self._call(self._resume, vrings)
         else:
-            await self._call(self._restart, features, vrings)
+            await self._call(self._restart, self.control, features, vrings)
         await signal_eventfds(*(fd for v in vrings for fd in (v.kick, v.call)))
 
     # As it was before an operation that failed.
     async def _go_back(
-        self, ran: bool, features: int, rings: dict[int, VringSetup], error: BridgeError
+        self,
+        ran: bool,
+        control: ControlVring | None,
+        features: int,
+        rings: dict[int, VringSetup],
+        error: BridgeError,
     ) -> None:
         if not rings or self.state is State.FAILED:
             return
@@ -157,7 +169,7 @@ class VdpaDevice(Device):
         if not ran:
             return
         try:
-            await self._call(self._restart, features, list(rings.values()))
+            await self._call(self._restart, control, features, list(rings.values()))
             await signal_eventfds(*(fd for v in rings.values() for fd in (v.kick, v.call)))
         except BridgeError as second:
             self.fail(f"{error}; going back failed too: {second}")
@@ -179,6 +191,7 @@ class VdpaDevice(Device):
             self.capabilities.resume.how is How.NATIVE
             and not self._must_restart
             and features == self.features
+            and self.control is self._controlled
             and all(
                 (known := self._rings.get(v.index)) is not None
                 and known.layout == v.layout
@@ -199,17 +212,29 @@ class VdpaDevice(Device):
         self._rings.update(wanted)
         self._enter_running()
 
-    def _restart(self, features: int, vrings: Sequence[VringSetup]) -> None:
+    def _restart(
+        self, control: ControlVring | None, features: int, vrings: Sequence[VringSetup]
+    ) -> None:
         self._reset()
         try:
-            self._configure(features, vrings)
-            self._dev.set_status(self._dev.status() | Status.DRIVER_OK)
+            self._negotiate(features)
+            for vring in vrings:
+                self._set_up(vring)
+            self._dev.set_config_call(self._config_call)
+            if control is None:
+                self._enable(vrings)
+                self._dev.set_status(self._dev.status() | Status.DRIVER_OK)
+            else:
+                self._begin_with(control, features, vrings)
         except BaseException:
             self._reset()
             raise
+        self.features = features
+        self._rings = {v.index: v for v in vrings}
+        self._controlled = control
         self._enter_running()
 
-    def _configure(self, features: int, vrings: Sequence[VringSetup]) -> None:
+    def _negotiate(self, features: int) -> None:
         status = Status.ACKNOWLEDGE | Status.DRIVER
         self._dev.set_status(status)
         # ACCESS_PLATFORM is the bridge's business: vdpa_sim and VDUSE insist on it, and the
@@ -218,18 +243,40 @@ class VdpaDevice(Device):
         self._dev.set_status(status | Status.FEATURES_OK)
         if not self._dev.status() & Status.FEATURES_OK:
             raise Unsupported(f"{self.info.target} does not accept features {features:#x}")
-        for vring in vrings:
-            self._dev.set_vring_num(vring.index, vring.size)
-            self._dev.set_vring_base(vring.index, vring.base or 0)
-            self._dev.set_vring_addr(
-                vring.index, vring.descriptor_area, vring.driver_area, vring.device_area
-            )
-            self._set_eventfds(vring)
-        self._dev.set_config_call(self._config_call)
+
+    def _set_up(self, vring: VringSetup) -> None:
+        self._dev.set_vring_num(vring.index, vring.size)
+        self._dev.set_vring_base(vring.index, vring.base or 0)
+        self._dev.set_vring_addr(
+            vring.index, vring.descriptor_area, vring.driver_area, vring.device_area
+        )
+        self._set_eventfds(vring)
+
+    def _enable(self, vrings: Sequence[VringSetup]) -> None:
         for vring in vrings:
             self._dev.set_vring_enable(vring.index, vring.enabled)
-        self.features = features
-        self._rings = {v.index: v for v in vrings}
+
+    # The others run once all is said: where the device takes that, they are enabled then, and
+    # else only kicked.
+    def _begin_with(
+        self, control: ControlVring, features: int, vrings: Sequence[VringSetup]
+    ) -> None:
+        late = BackendFeature.ENABLE_AFTER_DRIVER_OK in self.backend_features
+        own = control.renew(features)
+        self._control_space.place(control, vrings)
+        self._set_up(own)
+        if not late:
+            for vring in vrings:
+                self._dev.set_vring_kick(vring.index, None)
+            self._enable(vrings)
+        self._enable([own])
+        self._dev.set_status(self._dev.status() | Status.DRIVER_OK)
+        control.introduce(features, vrings)
+        if late:
+            self._enable(vrings)
+        else:
+            for vring in vrings:
+                self._dev.set_vring_kick(vring.index, vring.kick)
 
     def _set_eventfds(self, vring: VringSetup) -> None:
         self._dev.set_vring_kick(vring.index, vring.kick)
@@ -318,6 +365,7 @@ class VdpaDevice(Device):
         }
         if not self._persist:
             self._memory.map_again()
+            self._control_space.map_again()
 
     # A request is done once it is used. One whose kick was just delivered may not even be fetched;
     # one that the driver has not kicked for yet never will be: so a position short of what was
@@ -351,7 +399,9 @@ class VdpaDevice(Device):
         self._rings = {}
         self.features = 0
         self._must_restart = False
+        self._controlled = None
         self._enter(Verb.RESET)
+        self._control_space.clear()
         if not self._persist:
             self._memory.map_again()
 
@@ -403,4 +453,5 @@ class VdpaDevice(Device):
     def _close(self) -> None:
         self._dev.close()
         self._memory.close()
+        self._control_space.close()
         self._config_call.close()

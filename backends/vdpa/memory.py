@@ -41,14 +41,18 @@ def check_regions(regions: Sequence[MemoryRegion], first: int, last: int) -> Non
 
 
 class GuestMemory:
-    """The guest memory that one device can reach. Blocking; one thread at a time."""
+    """What one device can reach in one of its address spaces. Blocking; one thread at a time."""
 
-    def __init__(self, device: Chardev, *, batch: bool) -> None:
+    def __init__(self, device: Chardev, *, batch: bool, asid: int = 0) -> None:
         self._device = device
         self._batch = batch
+        # Kernels before address spaces, and fakes, have no such argument.
+        self._space = {"asid": asid} if asid else {}
         self._mappings: dict[tuple[int, int, int, int, int], Mapping] = {}
         #: What ``update`` was given last.
         self.regions: Sequence[MemoryRegion] = ()
+        #: Memory of the bridge's own beside it, from the next ``update`` on.
+        self.own: Sequence[MemoryRegion] = ()
 
     def update(self, regions: Sequence[MemoryRegion]) -> None:
         """Make ``regions`` the device's memory; what stays is not touched.
@@ -56,7 +60,7 @@ class GuestMemory:
         Raises:
             BridgeError: nothing changed; the previous memory is in force.
         """
-        wanted = {region.key: region for region in regions}
+        wanted = {region.key: region for region in (*regions, *self.own)}
         gone = [m for key, m in self._mappings.items() if key not in wanted]
         new: list[Mapping] = []
         try:
@@ -75,7 +79,7 @@ class GuestMemory:
 
     def needs_removal(self, regions: Sequence[MemoryRegion]) -> bool:
         """Whether ``update(regions)`` would take memory away."""
-        return not set(self._mappings) <= {region.key for region in regions}
+        return not set(self._mappings) <= {region.key for region in (*regions, *self.own)}
 
     def map_again(self) -> None:
         """After a reset that lost the parent's entries: invalidate ours and add them anew."""
@@ -93,25 +97,28 @@ class GuestMemory:
         removed: list[Mapping] = []
         added: list[Mapping] = []
         if self._batch:
-            self._device.iotlb_batch_begin()
+            self._device.iotlb_batch_begin(**self._space)
         try:
             try:
                 for mapping in gone:
-                    self._device.iotlb_unmap(mapping.iova, mapping.size)
+                    self._device.iotlb_unmap(mapping.iova, mapping.size, **self._space)
                     removed.append(mapping)
                 for mapping in new:
-                    self._device.iotlb_map(mapping.iova, mapping.size, mapping.address)
+                    self._map(mapping)
                     added.append(mapping)
             finally:
                 if self._batch:
-                    self._device.iotlb_batch_end()
+                    self._device.iotlb_batch_end(**self._space)
         except KernelRefused as error:
             with suppress(KernelRefused):
                 for mapping in added:
-                    self._device.iotlb_unmap(mapping.iova, mapping.size)
+                    self._device.iotlb_unmap(mapping.iova, mapping.size, **self._space)
                 for mapping in removed:
-                    self._device.iotlb_map(mapping.iova, mapping.size, mapping.address)
+                    self._map(mapping)
             raise self._explain(error, new) from None
+
+    def _map(self, mapping: Mapping) -> None:
+        self._device.iotlb_map(mapping.iova, mapping.size, mapping.address, **self._space)
 
     # The kernel says EFAULT whatever happened; the locked-memory limit is the usual reason.
     def _explain(self, error: KernelRefused, new: Sequence[Mapping]) -> BridgeError:

@@ -11,7 +11,7 @@ import trio
 from vhostbridge.backends.device import DeviceInfo
 from vhostbridge.backends.lifecycle import Ability, Capabilities, How
 from vhostbridge.backends.trace import OFF, Tracer
-from vhostbridge.backends.virtio import DeviceId
+from vhostbridge.backends.virtio import DeviceId, NetFeature
 
 from .chardev import BackendFeature, Chardev
 from .device import VdpaDevice
@@ -19,6 +19,10 @@ from .device import VdpaDevice
 # The kernel has no limit of its own before 7.2, which takes 2048 IOTLB entries; 509 is what
 # vhost-user back-ends commonly offer.
 REGION_MAX = 509
+
+
+# Where max_virtqueue_pairs is in virtio-net's configuration.
+_MAX_PAIRS = 8
 
 
 def _describe(target: str, dev: Chardev) -> DeviceInfo:
@@ -33,15 +37,23 @@ def _describe(target: str, dev: Chardev) -> DeviceInfo:
         device_id=device_id,
         features=features,
         vring_limit=count,
-        # vhost-user counts queue pairs for net. More than one would need the control vring, which
-        # a vhost-user net front-end keeps to itself.
-        queue_num=1 if device_id == DeviceId.NET else count,
+        queue_num=_pairs(dev, features, count) if device_id == DeviceId.NET else count,
         vring_size_max=dev.vring_size_max(),
         config_size=config_size,
         iova_first=first,
         iova_last=last,
         region_max=REGION_MAX,
     )
+
+
+# vhost-user counts queue pairs for net. The control vring, which makes more than one usable, is
+# the one behind them.
+def _pairs(dev: Chardev, features: int, count: int) -> int:
+    wanted = NetFeature.MQ.mask | NetFeature.CTRL_VQ.mask
+    if features & wanted != wanted:
+        return 1
+    told = int.from_bytes(dev.config(_MAX_PAIRS, 2), "little")
+    return max(1, min(told, (count - 1) // 2))
 
 
 def _capabilities(features: BackendFeature) -> Capabilities:

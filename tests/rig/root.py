@@ -35,7 +35,7 @@ PACKAGES = (
     *("linux-image-cloud-amd64", "busybox-static", "e2fsprogs", "iproute2", "kmod", "procps"),
     *("python3", "python3-venv", "socat", "strace"),
     # what builds kernel modules and small C peers
-    *("linux-headers-cloud-amd64", "linux-source", "gcc", "libc6-dev", "make", "xz-utils"),
+    *("linux-headers-cloud-amd64", "linux-source", "gcc", "libc6-dev", "make", "patch", "xz-utils"),
     # what builds the Debian package, what it depends on, and what starts it
     *("debhelper", "dh-python", "pybuild-plugin-pyproject", "python3-dev", "python3-cffi"),
     *("python3-cbor2", "python3-click", "python3-pyroute2", "python3-setuptools", "python3-trio"),
@@ -116,7 +116,8 @@ def ensure_root() -> Path:
 
 def root_folder() -> Path:
     """Return where the tree of this recipe is, or will be."""
-    recipe = repr((FORMAT, SUITE, PACKAGES, EXCLUDED)) + Path(kernel.__file__).read_text()
+    recipe = repr((FORMAT, SUITE, PACKAGES, EXCLUDED))
+    recipe += Path(kernel.__file__).read_text() + kernel.PATCH.read_text()
     return cache_folder() / f"root-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 

@@ -54,6 +54,7 @@ class FakeBridge:
             front_end=4711,
             features=1 << 32 | 1 << 9,
             status=15,
+            control={},
             capabilities={
                 "suspend": {"how": "native", "why": "VHOST_VDPA_SUSPEND"},
                 "dirty_log": {"how": "no", "why": "not offered"},

@@ -100,7 +100,7 @@ def test_status_survives_the_wire() -> None:
     vring = VringStatus(1, 2, True, False, True, 3, None, 5, "x")
     status = BridgeStatus(
         "n", "b", "l", None, "running", "f", True, False, True, 7, 8, 9,
-        {"suspend": {"how": "no", "why": "w"}}, (vring,),
+        {"suspend": {"how": "no", "why": "w"}}, {"driver": "bridge"}, (vring,),
     )  # fmt: skip
     assert from_wire(to_wire(status)) == status
 
