@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
 
 import trio
@@ -18,6 +18,7 @@ from vhostbridge.backends.errors import (
     InvalidTransition,
     StateError,
     TargetError,
+    TransportLost,
     find_bridge_error,
 )
 from vhostbridge.backends.fds import OwnedFd
@@ -31,6 +32,7 @@ from vhostbridge.backends.trace import OFF, Tracer
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
 
+from .backend_command import BackendCommand
 from .config import BridgeConfig
 from .controlled import with_control
 from .endpoint import Endpoint, open_endpoint
@@ -50,8 +52,10 @@ _log = logging.getLogger("vhostbridge.daemon")
 
 # A back-end that went away is looked for this often, in seconds.
 RETRY = 0.5
+# One that we start ourselves is there soon.
+SOON = 0.05
 
-# How long a back-end to switch to may take until it is there, in seconds.
+# How long a back-end to switch to, or one that was started, may take until it is there, in seconds.
 OPENING = 10.0
 
 
@@ -81,6 +85,8 @@ class Bridge:
         self._incoming: Incoming | None = None
         self._lock = trio.Lock()
         self._there = trio.Event()
+        command = config.backend_command
+        self._command = BackendCommand(config.name, command) if command else None
         # Shielded while a device is open: it is closed after its front-end has left.
         self._keeping = trio.CancelScope()
 
@@ -93,7 +99,7 @@ class Bridge:
         endpoint = open_endpoint(self.config, self._keeper)
         self._arrival = self._arriving()
         try:
-            async with trio.open_nursery() as nursery:
+            async with self._command_running(), trio.open_nursery() as nursery:
                 try:
                     await nursery.start(self._keep_device)
                     task_status.started()
@@ -115,16 +121,23 @@ class Bridge:
                 return await endpoint.next()
         return None
 
+    # It starts before the device is opened, and ends after that is closed.
+    def _command_running(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext() if self._command is None else self._command.running()
+
     # Opens the device, and again whenever it failed; a front-end may wait for it.
     async def _keep_device(self, task_status: trio.TaskStatus[None]) -> None:
         told = ""
         first = True
+        patience = trio.current_time() + (0 if self._command is None else OPENING)
         with self._keeping:
             async with trio.open_nursery() as self._devices:
                 while True:
                     try:
                         one: Opened = await self._devices.start(self._hold_open, self.config)
                         self._keeping.shield = True
+                        if self._command is not None:
+                            self._command.served()
                         await self._take(one)
                         if first:
                             if self._arrival is None:
@@ -136,18 +149,21 @@ class Bridge:
                         await self._until_closed()
                     except (BridgeError, BaseExceptionGroup) as error:
                         cause = find_bridge_error(error)
-                        # A front-end that is there already waits for as long as it takes.
-                        if cause is None or (first and self._arrival is None):
+                        late = trio.current_time() >= patience
+                        absent = isinstance(cause, TargetError | TransportLost)
+                        starting = first and self._arrival is None
+                        if cause is None or (starting and (late or not absent)):
                             raise
-                        if first:
+                        # A front-end that is there already waits for as long as it takes.
+                        if first and not starting:
                             first = False
                             task_status.started()
-                        if str(cause) != told:
+                        if str(cause) != told and not starting:
                             told = str(cause)
                             _log.warning("%s: waiting for the back-end: %s", self.name, cause)
                     finally:
                         self._keeping.shield = False
-                    await trio.sleep(RETRY)
+                    await trio.sleep(RETRY if self._command is None else SOON)
 
     # A switch may put another one in the place of the one that is waited for.
     async def _until_closed(self) -> None:
@@ -326,7 +342,9 @@ class Bridge:
     def status(self) -> BridgeStatus:
         """What is known at this moment, from the device, the front-end and guest memory."""
         device = None if self._opened is None else self._opened.device
-        return survey(self.config, device, self._session, self._front_end, self._incoming)
+        pid = None if self._command is None else self._command.pid
+        known = survey(self.config, device, self._session, self._front_end, self._incoming)
+        return replace(known, backend_pid=pid)
 
     async def suspend(self) -> None:
         """Freeze the device; its front-end stays connected and its requests wait.
@@ -415,7 +433,9 @@ class Bridge:
             raise ConfigError("descriptors are inherited at the start only", "name a socket")
         # It has to be the same kind of device, and a vhost-user back-end does not say.
         device_id = None if scheme == "vdpa" else self._open_device().info.device_id
-        config = replace(self.config, backend=backend, device_id=device_id, incoming=None)
+        config = replace(
+            self.config, backend=backend, device_id=device_id, incoming=None, backend_command=()
+        )
         report = SwitchReport()
         began = trio.current_time()
         with trio.move_on_after(OPENING) as opening:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -20,7 +21,7 @@ from .tracking import Tracking
 TRACE_LIMIT = 64 << 20
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
-_KEYS = {
+_KEYS: Mapping[str, type | tuple[type, ...]] = {
     "name": str,
     "listen": str,
     "connect": str,
@@ -32,6 +33,7 @@ _KEYS = {
     "shadow": bool,
     "on-disconnect": str,
     "mac": str,
+    "backend-command": (str, list),
 }
 
 
@@ -55,6 +57,7 @@ class BridgeConfig:
         shadow: requests always pass through shadow vrings.
         on_disconnect: what becomes of the device when its front-end goes.
         mac: the address that a vDPA network device is given, 6 bytes.
+        backend_command: a program that is the back-end, started with the bridge; empty for none.
 
     Raises:
         ConfigError: on construction, when something is missing, too much or malformed.
@@ -72,6 +75,7 @@ class BridgeConfig:
     shadow: bool = False
     on_disconnect: OnDisconnect = OnDisconnect.RESET
     mac: bytes | None = None
+    backend_command: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -87,6 +91,11 @@ class BridgeConfig:
         scheme, _ = check_backend(self.backend)
         if scheme == "vdpa" and self.device_id is not None:
             raise ConfigError(f"bridge {self.name}: a vDPA device tells its type itself")
+        if self.backend_command and scheme not in ("vhost-user", "vhost-user-listen"):
+            raise ConfigError(
+                f"bridge {self.name}: {self.backend} is no back-end that a command starts",
+                "a back-end command goes with vhost-user:SOCKET and vhost-user-listen:SOCKET",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +179,24 @@ def parse_on_disconnect(text: str) -> OnDisconnect:
         ) from None
 
 
+def parse_command(command: str | Sequence[object]) -> tuple[str, ...]:
+    """The words of a command; none of none. Of a shell's ways a string may have the quotes only.
+
+    Raises:
+        ConfigError: it has quotes that do not end, or no program.
+    """
+    if command == ():
+        return ()
+    try:
+        words = shlex.split(command) if isinstance(command, str) else list(command)
+    except ValueError as error:
+        raise ConfigError(f"{command!r} is no command: {error}") from None
+    texts = tuple(word for word in words if isinstance(word, str) and "\0" not in word)
+    if not texts or not texts[0] or len(texts) != len(words):
+        raise ConfigError(f"{command!r} is no command", "a program and its arguments, as strings")
+    return texts
+
+
 def load_config(path: Path) -> DaemonConfig:
     """Read a file of ``[[bridge]]`` tables, ``control`` (a path or false for no socket), and
     ``trace`` with its ``trace-size`` in MiB.
@@ -241,8 +268,10 @@ def _bridge(place: _Place, table: object) -> BridgeConfig:
         kind = _KEYS.get(key)
         if kind is None:
             raise ConfigError(f"{place(key)}: unknown key {key!r}", f"known: {', '.join(_KEYS)}")
-        if type(value) is not kind:
-            raise ConfigError(f"{place(key)}: {key} must be a {kind.__name__}")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if type(value) not in kinds:
+            wanted = " or ".join(one.__name__ for one in kinds)
+            raise ConfigError(f"{place(key)}: {key} must be a {wanted}")
     missing = {"name", "backend"} - table.keys()
     if missing:
         raise ConfigError(f"{place()}: {sorted(missing)[0]} is missing")
@@ -259,6 +288,7 @@ def _bridge(place: _Place, table: object) -> BridgeConfig:
             shadow=table.get("shadow", False),
             on_disconnect=parse_on_disconnect(table.get("on-disconnect", "reset")),
             mac=parse_mac(table["mac"]) if "mac" in table else None,
+            backend_command=parse_command(table.get("backend-command", ())),
         )
     except ConfigError as error:
         raise ConfigError(f"{place()}: {error.message}", error.hint) from None

@@ -41,6 +41,7 @@ class BridgeStatus:
         incoming: a state waits for a front-end.
         kept: it is the one that the front-end before left.
         front_end: the pid of the front-end that is connected.
+        backend_pid: the process that the bridge started as its back-end; ``None`` for none.
         features: what was negotiated.
         status: the virtio device status byte.
         capabilities: for each ability ``how`` (native, emulated, no) and ``why``.
@@ -63,6 +64,7 @@ class BridgeStatus:
     capabilities: Mapping[str, Mapping[str, str]]
     control: Mapping[str, str]
     vrings: tuple[VringStatus, ...]
+    backend_pid: int | None = None
 
 
 @dataclass(slots=True)
@@ -96,7 +98,7 @@ class SwitchReport:
 
 
 # Members have camel case on the wire, as varlink's own have.
-_ON_WIRE = {"front_end": "frontEnd"}
+_ON_WIRE = {"front_end": "frontEnd", "backend_pid": "backendPid"}
 
 
 def to_wire(status: BridgeStatus) -> dict[str, object]:

@@ -44,7 +44,8 @@ def status_text(statuses: Sequence[BridgeStatus]) -> Iterator[str]:
 def _bridge(status: BridgeStatus) -> Iterator[str]:
     yield f"{status.name}: {_state(status)}"
     rows = {
-        "device": f"{status.device or 'of unknown type'}, {status.backend}",
+        "device": f"{status.device or 'of unknown type'}, {status.backend}"
+        + (f", pid {status.backend_pid}" if status.backend_pid is not None else ""),
         "front-end": f"{status.listen}, "
         + ("nobody" if status.front_end is None else f"pid {status.front_end}"),
     }

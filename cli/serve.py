@@ -42,6 +42,12 @@ if TYPE_CHECKING:
     "vhost-user-listen:SOCK (the back-end connects) or vhost-user-fd:N (inherited).",
 )
 @click.option(
+    "--backend-command",
+    metavar="CMD",
+    help="Start this program first: it is the vhost-user back-end. It is started again when it "
+    "dies, and ended with the bridge.",
+)
+@click.option(
     "--type",
     "device_type",
     metavar="TYPE",
@@ -123,6 +129,7 @@ def serve(
     connect: str | None,
     fd: int | None,
     backend: str | None,
+    backend_command: str | None,
     device_type: str | None,
     incoming: str | None,
     dirty_log: str | None,
@@ -161,6 +168,8 @@ def serve(
                          --incoming vm1.state
       vhost-bridge serve --name vm3 --listen /run/vm3.sock --backend vdpa:net0 \\
                          --mac 52:54:00:12:34:56
+      vhost-bridge serve --name vm4 --listen /run/vm4.sock --backend vhost-user:/run/fs.sock \\
+                         --backend-command 'virtiofsd --socket-path /run/fs.sock --shared-dir /srv'
       vhost-bridge serve --config /etc/vhost-bridge.toml --trace /var/tmp/vhost-bridge.trace
 
     \b
@@ -182,6 +191,7 @@ def serve(
         "--connect": connect,
         "--fd": fd,
         "--backend": backend,
+        "--backend-command": backend_command,
         "--type": device_type,
         "--incoming": incoming,
         "--dirty-log": dirty_log,
@@ -225,6 +235,7 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
         BridgeConfig,
         DaemonConfig,
         load_config,
+        parse_command,
         parse_mac,
         parse_mode,
         parse_on_disconnect,
@@ -261,6 +272,7 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
         shadow=bool(single["--shadow"]),
         on_disconnect=parse_on_disconnect(single["--on-disconnect"] or "reset"),
         mac=parse_mac(single["--mac"]) if single["--mac"] is not None else None,
+        backend_command=parse_command(command) if (command := single["--backend-command"]) else (),
     )
     return DaemonConfig(bridges=[bridge], control=usual_control(bridge.name))
 

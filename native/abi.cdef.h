@@ -105,3 +105,4 @@ int64_t vb_map_shared(uint64_t length, int fd, uint64_t offset);
 int64_t vb_unmap(uint64_t address, uint64_t length);
 /* Add 1 to an eventfd that a peer has too; given up after a millisecond in which it is full. */
 int64_t vb_signal_eventfd(int fd);
+int64_t vb_spawn(char *const argv[], char *const environment[], int output);
