@@ -151,6 +151,8 @@ class Device(ABC):
         self.on_config_change: Callable[[], None] = lambda: None
         #: Set when the device becomes FAILED.
         self.failed = trio.Event()
+        #: How often it began to run, or went on.
+        self.starts = 0
 
     @property
     def state(self) -> State:
@@ -168,6 +170,7 @@ class Device(ABC):
             self.failed, self.failure = trio.Event(), ""
 
     def _enter_running(self) -> None:
+        self.starts += self.state is not State.RUNNING
         if self.state is State.SUSPENDED:
             self._enter(Verb.RESUME)
         elif self.state is not State.RUNNING:

@@ -36,13 +36,16 @@ from .backend_command import BackendCommand
 from .config import BridgeConfig
 from .controlled import with_control
 from .endpoint import Endpoint, open_endpoint
+from .events import Events, Kind
 from .handlers import HANDLERS
 from .handover import Arrival, pack, unpack
 from .incoming import Incoming, disagreements
+from .journal import Journal
 from .keeping import Keeper
+from .pauses import Reason
 from .quiet import either
 from .session import Session
-from .shadow import with_shadow
+from .shadow import ShadowDevice, with_shadow
 from .state_transfer import Progress, load_device, misfits, save_device
 from .status import BridgeStatus, SwitchReport
 from .survey import survey
@@ -68,7 +71,11 @@ class Bridge:
     """
 
     def __init__(
-        self, config: BridgeConfig, keeper: Keeper | None = None, trace: Tracer = OFF
+        self,
+        config: BridgeConfig,
+        keeper: Keeper | None = None,
+        trace: Tracer = OFF,
+        events: Events | None = None,
     ) -> None:
         self.config = config
         self._keeper = keeper
@@ -79,6 +86,7 @@ class Bridge:
         self._accepting = trio.CancelScope()
         self.name = config.name
         self.trace = trace
+        self.journal = Journal(config.name, events)
         self._opened: Opened | None = None
         self._session: Session | None = None
         self._front_end: int | None = None
@@ -145,6 +153,7 @@ class Bridge:
                             first = False
                             task_status.started()
                         _log.info("%s: %s is ready", self.name, self.config.backend)
+                        self.journal.tell(Kind.BACK_END_READY, self.config.backend)
                         told = ""
                         await self._until_closed()
                     except (BridgeError, BaseExceptionGroup) as error:
@@ -177,13 +186,16 @@ class Bridge:
             async with (
                 open_device(config.backend, config.device_id, self.trace) as opened,
                 with_control(opened, config.mac) as inner,
-                with_shadow(inner, config.tracking, always=config.shadow) as device,
+                with_shadow(
+                    inner, config.tracking, always=config.shadow, journal=self.journal
+                ) as device,
             ):
                 one = Opened(device, config)
                 task_status.started(one)
                 await either(device.failed, one.let_go)
                 if one is self._opened:
                     _log.error("%s: the back-end failed: %s", self.name, device.failure)
+                    self.journal.failed(config.backend, device.failure)
                     await self._give_up_device()
         except (BridgeError, BaseExceptionGroup) as error:
             cause = find_bridge_error(error)
@@ -209,6 +221,7 @@ class Bridge:
 
     async def _take(self, one: Opened) -> None:
         async with self._lock:
+            self.journal.watch(one.device)
             if self._session is not None and self._session.awaiting:
                 await self._session.attach(one.device)
             elif self._session is None:
@@ -237,6 +250,7 @@ class Bridge:
                 _log.info("%s: the front-end waits for the back-end", self.name)
             self._opened = None
             self._there = trio.Event()
+            self.journal.watch(None)
 
     async def _available(self) -> Device:
         while self._opened is None:
@@ -263,20 +277,23 @@ class Bridge:
         self, session: Session, peer: int, begin: Callable[[], Awaitable[None]] | None = None
     ) -> None:
         self._session, self._front_end, self._left = session, peer, trio.Event()
+        self.journal.front_end_came(peer)
         left = False
         try:
             await session.run(begin)
             left = not session.taken
         except* BridgeError as group:
-            _log.error(
-                "%s: front-end (pid %d) cut off: %s", self.name, peer, find_bridge_error(group)
-            )
+            cause = find_bridge_error(group)
+            _log.error("%s: front-end (pid %d) cut off: %s", self.name, peer, cause)
+            self.journal.tell(Kind.ERROR, f"front-end cut off: {cause}", pid=peer, why=str(cause))
         except* Exception:
             # A bug of ours costs this front-end its connection, not the other bridges theirs.
             _log.exception("%s: internal error, front-end (pid %d) cut off", self.name, peer)
+            self.journal.tell(Kind.ERROR, "internal error, front-end cut off", pid=peer)
         finally:
             self._session, self._front_end = None, None
             self._incoming = session.left_behind
+            self.journal.front_end_left(peer)
             self._left.set()
         if left:
             _log.info("%s: front-end (pid %d) left", self.name, peer)
@@ -343,7 +360,9 @@ class Bridge:
         """What is known at this moment, from the device, the front-end and guest memory."""
         device = None if self._opened is None else self._opened.device
         pid = None if self._command is None else self._command.pid
-        known = survey(self.config, device, self._session, self._front_end, self._incoming)
+        known = survey(
+            self.config, device, self._session, self._front_end, self._incoming, self.journal
+        )
         return replace(known, backend_pid=pid)
 
     async def suspend(self) -> None:
@@ -356,7 +375,8 @@ class Bridge:
             step(device.state, Verb.SUSPEND)
             if self._session is None:
                 raise InvalidTransition("no front-end is connected: nothing runs")
-            await self._session.hold()
+            with self.journal.because(Reason.OPERATOR):
+                await self._session.hold()
         _log.info("%s: suspended", self.name)
 
     async def resume(self) -> None:
@@ -400,7 +420,9 @@ class Bridge:
         """
         async with self._operation() as device:
             step(device.state, Verb.SAVE)
-            return await save_device(device, sink, progress)
+            size = await save_device(device, sink, progress)
+        self.journal.tell(Kind.SAVED, f"{size} bytes", bytes=size)
+        return size
 
     async def load(self, source: OwnedFd, *, dry_run: bool, progress: Progress) -> list[str]:
         """Take a state over; returns why it does not fit, having done nothing then.
@@ -418,7 +440,9 @@ class Bridge:
                 if dry_run or reasons:
                     return reasons
                 await self._load(device, state, checked, progress)
+                self.journal.watch(device)
         _log.info("%s: loaded a state of %s", self.name, state.producer)
+        self.journal.tell(Kind.LOADED, f"a state of {state.producer}", producer=state.producer)
         return []
 
     async def switch(self, backend: str, *, dry_run: bool) -> SwitchReport:
@@ -448,8 +472,10 @@ class Bridge:
                 report.reasons = await hindrances(device, one.device, self._session)
                 report.prepare = trio.current_time() - began
                 if not dry_run and not report.reasons:
-                    await switch(device, one.device, self._session, report)
+                    with self.journal.because(Reason.SWITCH):
+                        await switch(device, one.device, self._session, report)
                     before, self._opened, self.config = self._opened, one, config
+                    self.journal.watch(one.device)
         finally:
             if before is not None:
                 with trio.CancelScope(shield=True):
@@ -457,6 +483,7 @@ class Bridge:
         report.state = self.status().state
         if report.moved:
             _log.info("%s: switched to %s, pause %s", self.name, backend, report.told)
+            self.journal.tell(Kind.SWITCHED, f"to {backend}", backend=backend, pause=report.pause)
         return report
 
     async def _reasons(self, device: Device, state: DeviceState) -> list[str]:
@@ -479,11 +506,11 @@ class Bridge:
 
     # The device, for one operation at a time.
     @asynccontextmanager
-    async def _operation(self) -> AsyncIterator[Device]:
+    async def _operation(self) -> AsyncIterator[ShadowDevice]:
         async with self._lock:
             yield self._open_device()
 
-    def _open_device(self) -> Device:
+    def _open_device(self) -> ShadowDevice:
         if self._opened is None:
             raise InvalidTransition(
                 f"{self.config.backend} is not there at the moment", "the log says what happened"

@@ -24,6 +24,8 @@ from vhostbridge.backends.vhostuser.sockets import unlisten
 
 from .config import control_folder
 from .endpoint import listen_at
+from .events import Events
+from .following import follow
 from .keeping import Keeper
 from .status import BridgeStatus, SwitchReport, to_wire
 from .varlink import (
@@ -81,8 +83,9 @@ class Controlled(Protocol):
 class Control:
     """The methods, for the bridges of one daemon."""
 
-    def __init__(self, bridges: Mapping[str, Controlled]) -> None:
+    def __init__(self, bridges: Mapping[str, Controlled], events: Events | None = None) -> None:
         self._bridges = bridges
+        self._events = events or Events()
 
     def interface(self) -> Interface:
         """The interface with its definition."""
@@ -94,6 +97,7 @@ class Control:
             {
                 "List": Method({}, self._list),
                 "Status": Method({"name": Parameter(str, optional=True)}, self._status),
+                "Monitor": Method({"names": Parameter(list, optional=True)}, self._monitor),
                 "Suspend": Method({"name": name}, self._operation(lambda one: one.suspend)),
                 "Resume": Method({"name": name}, self._operation(lambda one: one.resume)),
                 "Reset": Method({"name": name}, self._operation(lambda one: one.reset)),
@@ -113,7 +117,9 @@ class Control:
         )
 
     def _bridge(self, answering: Answering) -> Controlled:
-        name = str(answering.call.parameters["name"])
+        return self._named(str(answering.call.parameters["name"]))
+
+    def _named(self, name: str) -> Controlled:
         if name not in self._bridges:
             raise _error("NoSuchBridge", name=name, known=sorted(self._bridges))
         return self._bridges[name]
@@ -128,9 +134,22 @@ class Control:
             chosen = [self._bridge(answering)]
 
         async def look() -> Values:
-            return {"bridges": [to_wire(bridge.status()) for bridge in chosen]}
+            if not answering.call.more:
+                return {"bridges": [to_wire(bridge.status()) for bridge in chosen]}
+            for bridge in chosen:
+                await answering.tell({"bridges": [to_wire(bridge.status())]})
+                await trio.lowlevel.checkpoint()
+            return {"bridges": []}
 
         return await _refusing(look())
+
+    async def _monitor(self, answering: Answering) -> Values:
+        if not answering.call.more:
+            raise service_error("ExpectedMore")
+        names = answering.call.parameters.get("names") or []
+        assert isinstance(names, list)
+        chosen = [self._named(name) for name in names or sorted(self._bridges)]
+        return await _refusing(follow(self._events, chosen, names, answering.tell))
 
     def _operation(
         self, choose: Callable[[Controlled], Callable[[], Awaitable[None]]]
@@ -291,13 +310,14 @@ async def serve_control(
     path: Path,
     bridges: Mapping[str, Controlled],
     keeper: Keeper | None = None,
+    events: Events | None = None,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve the interface on ``path`` (mode 0600) until cancelled; the path is removed then.
 
-    ``bridges`` may change meanwhile. The folder is made when it is the usual one. A socket that
-    ``keeper`` inherited for the path is used.
+    ``bridges`` may change meanwhile; ``events`` is what happens to them. The folder is made when it
+    is the usual one. A socket that ``keeper`` inherited for the path is used.
 
     Raises:
         TargetError: another daemon listens there, or the path can't be had.
@@ -314,7 +334,7 @@ async def serve_control(
     try:
         _log.info("control socket: %s", path)
         task_status.started()
-        await Server(Service([Control(bridges).interface()], info)).serve(listener)
+        await Server(Service([Control(bridges, events).interface()], info)).serve(listener)
     finally:
         if ours and (keeper is None or not keeper.keeps):
             unlisten(listener, str(path))

@@ -75,8 +75,44 @@ class ControlClient:
 
     def status(self, name: str | None = None) -> list[BridgeStatus]:
         """What is known of one bridge, or of all."""
-        message = self._ask("Status", name=name)
-        return [from_wire(bridge) for bridge in message["bridges"]]
+        self.start("Status", name=name)
+        found: list[BridgeStatus] = []
+        more = True
+        while more:  # daemons tell them one by one, older ones all in one reply
+            reply = self.take()
+            bridges: Any = reply.parameters["bridges"]
+            found += map(from_wire, bridges)
+            more = reply.continues
+        return found
+
+    # Several replies to one call
+
+    def fileno(self) -> int:
+        """The socket, to wait for replies on."""
+        return self._sock.fileno()
+
+    def start(self, method: str, **parameters: object) -> None:
+        """Make a call that is answered more than once; ``take`` has the replies."""
+        with self._losses():
+            self._sock.settimeout(PATIENCE)
+            self._sock.sendall(Call(f"{INTERFACE}.{method}", parameters, more=True).encode())
+
+    def take(self) -> Reply:
+        """The next reply, for which it waits ``PATIENCE`` at most.
+
+        Raises:
+            BridgeError: what the daemon answered, or that it does not.
+        """
+        with self._losses():
+            reply = self._receive()
+        if reply.error:
+            raise self._error(reply)
+        return reply
+
+    @property
+    def pending(self) -> bool:
+        """Whether a reply is here already."""
+        return bool(self._replies)
 
     def operate(self, method: str, name: str) -> str:
         """``Suspend``, ``Resume`` or ``Reset`` a bridge; returns the state of its device.

@@ -15,6 +15,7 @@ from vhostbridge.backends.errors import BridgeError, find_bridge_error
 
 from .bridge import Bridge
 from .config import BridgeConfig, DaemonConfig
+from .events import Event, Events, Kind
 from .keeping import Keeper
 from .notify import Notifier
 from .trace.tracing import Tracing
@@ -60,7 +61,9 @@ async def serve(config: DaemonConfig, again: Callable[[], DaemonConfig] | None =
                 if config.control is not None:
                     from .control import serve_control
 
-                    await nursery.start(serve_control, config.control, daemon.bridges, keeper)
+                    await nursery.start(
+                        serve_control, config.control, daemon.bridges, keeper, daemon.events
+                    )
                 keeper.drop_unused()
                 nursery.start_soon(notifier.keep_alive)
                 _log.info(daemon.told)
@@ -92,6 +95,7 @@ class _Daemon:
         self._running: dict[str, _Running] = {}
         self._reloading = trio.Lock()
         self.bridges: dict[str, Bridge] = {}
+        self.events = Events()
 
     @property
     def told(self) -> str:
@@ -100,7 +104,8 @@ class _Daemon:
 
     async def start(self, config: BridgeConfig) -> None:
         trace = self._tracing.tracer(config.name)
-        bridge, one = Bridge(config, self._keeper, trace), _Running(config)
+        bridge = Bridge(config, self._keeper, trace, self.events)
+        one = _Running(config)
 
         async def run(task_status: trio.TaskStatus[None]) -> None:
             try:
@@ -112,6 +117,10 @@ class _Daemon:
         await self._nursery.start(run)
         self._running[config.name] = one
         self.bridges[config.name] = bridge
+        self._tell(Kind.BRIDGE_ADDED, config.backend, bridge=config.name)
+
+    def _tell(self, kind: Kind, text: str, *, bridge: str = "", **details: object) -> None:
+        self.events.tell(Event(bridge, kind, text, details))
 
     async def _stop(self, name: str) -> None:
         del self.bridges[name]
@@ -120,6 +129,7 @@ class _Daemon:
         await one.ended.wait()
         if one.config.listen is not None:
             self._keeper.forget_listening(one.config.listen)
+        self._tell(Kind.BRIDGE_REMOVED, one.config.backend, bridge=name)
 
     async def obey(
         self,
@@ -156,6 +166,7 @@ class _Daemon:
                 config = again()
             except BridgeError as error:
                 _log.error("SIGHUP: nothing changed: %s", error)
+                self._tell(Kind.ERROR, f"reload: nothing changed: {error}", why=str(error))
             else:
                 await self._become(config)
             self._notifier.ready(self.told)
@@ -178,4 +189,6 @@ class _Daemon:
                 if (cause := find_bridge_error(error)) is None:
                     raise
                 _log.error("%s: not started: %s", one.name, cause)
+                self._tell(Kind.ERROR, f"not started: {cause}", bridge=one.name, why=str(cause))
         _log.info("reloaded, %s", self.told)
+        self._tell(Kind.RELOADED, self.told, bridges=len(self.bridges))

@@ -20,6 +20,8 @@ from vhostbridge.backends.lifecycle import How, State
 from vhostbridge.backends.mapping import unmap
 from vhostbridge.backends.state import DeviceState
 
+from .events import Kind
+from .journal import Journal, journaled
 from .shadow_rings import GuestMap, ShadowRings, memory_size
 from .tracking import Tracking, able
 from .window import CEILING, free_window
@@ -35,9 +37,15 @@ class ShadowDevice(WrappedDevice):
     """
 
     def __init__(
-        self, inner: Device, tracking: Tracking = Tracking.AUTO, *, always: bool = False
+        self,
+        inner: Device,
+        tracking: Tracking = Tracking.AUTO,
+        *,
+        always: bool = False,
+        journal: Journal | None = None,
     ) -> None:
         super().__init__(inner)
+        self.journal = journal or Journal()
         self._tracking = tracking
         self.info = replace(inner.info, region_max=max(1, inner.info.region_max - 1))
         self.capabilities = able(inner, tracking)
@@ -59,6 +67,7 @@ class ShadowDevice(WrappedDevice):
         self._used_logs: Mapping[int, int] = {}
         # Whether all memory is to be marked whenever the device stops.
         self._mark_all = False
+        self._logs_itself = False
 
     @property
     def features(self) -> int:
@@ -77,9 +86,25 @@ class ShadowDevice(WrappedDevice):
         """Whether requests pass through shadow vrings now."""
         return self._rings is not None
 
+    @property
+    def shadow(self) -> str:
+        """Why requests pass through shadow vrings whenever they pass; empty if they don't."""
+        if not self._shadowed:
+            return ""
+        return "configured" if self._always else "to log what the device writes"
+
+    @property
+    def logged_by(self) -> str:
+        if self._logs_itself:
+            return "the device"
+        if self._dirty is None:
+            return ""
+        return "all guest memory" if self._mark_all else "shadow vrings"
+
     # Memory
 
     @whole
+    @journaled
     async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
         rings = self._rings
         if rings is not None and not self._keeps_vrings(regions, rings):
@@ -106,6 +131,7 @@ class ShadowDevice(WrappedDevice):
     # Life
 
     @whole
+    @journaled
     async def run(self, features: int, vrings: Sequence[VringSetup]) -> None:
         running = frozenset(vring.index for vring in vrings)
         if not self._shadowed and self._guest is None:
@@ -165,6 +191,7 @@ class ShadowDevice(WrappedDevice):
             rings.close()
             raise
         self._rings, self._guest, self._features = rings, dict(rings.vrings), features
+        self.journal.traffic.begin(rings)
         await signal_eventfds(*(vring.call for vring in vrings))
 
     async def _make_rings(
@@ -187,6 +214,7 @@ class ShadowDevice(WrappedDevice):
         rings, self._rings = self._rings, None
         if rings is not None:
             rings.stop()
+            self.journal.traffic.end(rings)
         return rings
 
     def take_over(self, rings: ShadowRings) -> None:
@@ -202,6 +230,7 @@ class ShadowDevice(WrappedDevice):
     async def _end_rings(self) -> None:
         rings, self._rings = self._rings, None
         assert rings is not None
+        self.journal.traffic.end(rings)
         try:
             if self.state not in (State.FAILED, State.CLOSED):
                 await self._inner.set_memory(self._memory)
@@ -210,6 +239,7 @@ class ShadowDevice(WrappedDevice):
             self._map.close()
 
     @whole
+    @journaled
     async def suspend(self) -> None:
         rings = self._rings
         if rings is None:
@@ -240,6 +270,7 @@ class ShadowDevice(WrappedDevice):
             self._dirty.mark_all(self._memory)
 
     @whole
+    @journaled
     async def stop_vring(self, index: int) -> int:
         if self._guest is None:
             base = await self._inner.stop_vring(index)
@@ -254,6 +285,7 @@ class ShadowDevice(WrappedDevice):
         return vring.base
 
     @whole
+    @journaled
     async def reset(self) -> None:
         await self._inner.reset()
         if self._rings is not None:
@@ -311,6 +343,7 @@ class ShadowDevice(WrappedDevice):
     # The dirty log
 
     @whole
+    @journaled
     async def log_writes(self, log: DirtyLog | None, used: Mapping[int, int]) -> None:
         """Mark what the device writes in ``log``, by the means that are configured."""
         if self._tracking is Tracking.REFUSE and log is not None:
@@ -319,6 +352,7 @@ class ShadowDevice(WrappedDevice):
             )
         if self.capabilities.dirty_log.how is How.NATIVE:
             await self._inner.log_writes(log, used)
+            self._logs_itself = log is not None
         elif self._tracking is Tracking.ALL:
             self._dirty, self._mark_all = log, log is not None
         else:
@@ -367,15 +401,17 @@ class ShadowDevice(WrappedDevice):
                 os.eventfd_read(self._broken.fileno())
             for vring, reason in self._rings.broken_vrings() if self._rings else ():
                 _log.error("%s: vring %d stopped: %s", self.info.target, vring.index, reason)
+                told = f"vring {vring.index}: {reason}"
+                self.journal.tell(Kind.VRING_BROKEN, told, vring=vring.index, why=reason)
                 await signal_eventfds(vring.err)
 
 
 @asynccontextmanager
 async def with_shadow(
-    inner: Device, tracking: Tracking, *, always: bool = False
+    inner: Device, tracking: Tracking, *, always: bool = False, journal: Journal | None = None
 ) -> AsyncIterator[ShadowDevice]:
     """The device, with the possibility of shadow vrings, for the block's length."""
-    device = ShadowDevice(inner, tracking, always=always)
+    device = ShadowDevice(inner, tracking, always=always, journal=journal)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(device.watch)

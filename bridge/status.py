@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
+
+from .pauses import Pause, Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +17,8 @@ class VringStatus:
         base: the device's position, encoded as vhost has it; ``None`` unless it is suspended.
         available, used: the indices in guest memory; ``None`` where they can't be read.
         problem: a disagreement between them, such as "used index 7 ≠ base 9"; empty if none.
+        in_flight: requests that were made and not answered; ``None`` where nothing tells.
+        requests, bytes, kicks, calls: what has passed through it while it was a shadow vring.
     """
 
     index: int
@@ -26,6 +30,11 @@ class VringStatus:
     available: int | None
     used: int | None
     problem: str = ""
+    in_flight: int | None = None
+    requests: int = 0
+    bytes: int = 0
+    kicks: int = 0
+    calls: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,15 @@ class BridgeStatus:
         capabilities: for each ability ``how`` (native, emulated, no) and ``why``.
         control: of a network device: who drives its control vring, and what the device was told
             through it; empty where that is nobody's business.
+        moment: when this was looked at, in seconds of the daemon's own clock.
+        since: when the device came to its state, in seconds since 1970.
+        front_end_since: when the front-end came.
+        front_ends, failures, errors: how many front-ends came, back-ends failed, front-ends were
+            cut off.
+        shadow: why requests pass through shadow vrings; empty if they go straight to the device.
+        dirty_log: by what means writes are logged; empty if they are not.
+        pauses: by their reason.
+        paused: the pause that has not ended yet.
     """
 
     name: str
@@ -62,9 +80,19 @@ class BridgeStatus:
     features: int
     status: int
     capabilities: Mapping[str, Mapping[str, str]]
-    control: Mapping[str, str]
     vrings: tuple[VringStatus, ...]
     backend_pid: int | None = None
+    control: Mapping[str, str] = field(default_factory=dict)
+    moment: float = 0.0
+    since: float = 0.0
+    front_end_since: float | None = None
+    front_ends: int = 0
+    failures: int = 0
+    errors: int = 0
+    shadow: str = ""
+    dirty_log: str = ""
+    pauses: Mapping[str, Tally] = field(default_factory=dict)
+    paused: Pause | None = None
 
 
 @dataclass(slots=True)
@@ -98,29 +126,82 @@ class SwitchReport:
 
 
 # Members have camel case on the wire, as varlink's own have.
-_ON_WIRE = {"front_end": "frontEnd", "backend_pid": "backendPid"}
+def _wire_name(name: str) -> str:
+    first, *more = name.split("_")
+    return first + "".join(word.capitalize() for word in more)
+
+
+def pause_report(pause: Pause | None) -> dict[str, object] | None:
+    """A pause on the wire, and in JSON."""
+    if pause is None:
+        return None
+    return {
+        "reason": pause.reason,
+        "at": pause.at,
+        "seconds": pause.seconds,
+        "phases": dict(pause.phases),
+    }
+
+
+def tally_report(tally: Tally) -> dict[str, object]:
+    """Pauses of one reason on the wire, and in JSON."""
+    return {
+        "count": tally.count,
+        "seconds": tally.seconds,
+        "phases": dict(tally.phases),
+        "last": pause_report(tally.last),
+        "longest": pause_report(tally.longest),
+    }
 
 
 def to_wire(status: BridgeStatus) -> dict[str, object]:
     """The object of type ``BridgeStatus`` in the interface's definition."""
-    message = {_ON_WIRE.get(f.name, f.name): getattr(status, f.name) for f in fields(status)}
+    message = {_wire_name(f.name): getattr(status, f.name) for f in fields(status)}
     message["capabilities"] = {key: dict(one) for key, one in status.capabilities.items()}
     message["control"] = dict(status.control)
     message["vrings"] = [
-        {f.name: getattr(vring, f.name) for f in fields(vring)} for vring in status.vrings
+        {_wire_name(f.name): getattr(vring, f.name) for f in fields(vring)}
+        for vring in status.vrings
     ]
+    message["pauses"] = {key: tally_report(tally) for key, tally in status.pauses.items()}
+    message["paused"] = pause_report(status.paused)
     return message
 
 
 def from_wire(message: Mapping[str, Any]) -> BridgeStatus:
-    """The reverse of ``to_wire``. A newer daemon may tell more: that is left out.
+    """The reverse of ``to_wire``. What only a newer daemon tells is left out; what an older one
+    does not tell has its default.
 
     Raises:
-        KeyError: something is missing.
+        KeyError: something is missing that every daemon tells.
     """
-    values = {f.name: message[_ON_WIRE.get(f.name, f.name)] for f in fields(BridgeStatus)}
+    values = _values(BridgeStatus, message)
     values["vrings"] = tuple(
-        VringStatus(**{f.name: vring[f.name] for f in fields(VringStatus)})
-        for vring in message["vrings"]
+        VringStatus(**_values(VringStatus, vring)) for vring in message["vrings"]
     )
+    values["paused"] = _pause(message.get("paused"))
+    values["pauses"] = {
+        key: Tally(
+            tally["count"],
+            tally["seconds"],
+            dict(tally["phases"]),
+            _pause(tally["last"]),
+            _pause(tally["longest"]),
+        )
+        for key, tally in message.get("pauses", {}).items()
+    }
     return BridgeStatus(**values)
+
+
+def _values(kind: type[BridgeStatus | VringStatus], message: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f.name: message[_wire_name(f.name)]
+        for f in fields(kind)
+        if _wire_name(f.name) in message or f.default is f.default_factory is MISSING
+    }
+
+
+def _pause(message: Mapping[str, Any] | None) -> Pause | None:
+    if message is None:
+        return None
+    return Pause(message["reason"], message["at"], dict(message["phases"]))

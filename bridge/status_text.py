@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from datetime import datetime
+from time import time
 from typing import TYPE_CHECKING
 
 from vhostbridge.backends.errors import ConfigError
@@ -11,7 +13,7 @@ from vhostbridge.backends.virtio import device_id_of, feature_names
 
 from .render import table
 from .saved import position_text
-from .status import BridgeStatus, VringStatus
+from .status import BridgeStatus, VringStatus, pause_report, tally_report
 
 if TYPE_CHECKING:
     from vhostbridge.backends.vdpa.inventory import Report
@@ -22,7 +24,13 @@ def status_report(status: BridgeStatus) -> Report:
     report = asdict(status)
     report["features"] = {"mask": hex(status.features), "names": _features(status)}
     report["vrings"] = [asdict(vring) for vring in status.vrings]
+    report["pauses"] = {reason: tally_report(tally) for reason, tally in status.pauses.items()}
+    report["paused"] = pause_report(status.paused)
     return report
+
+
+def _since(status: BridgeStatus) -> str:
+    return "" if status.front_end_since is None else f" since {clock(status.front_end_since)}"
 
 
 def _features(status: BridgeStatus) -> list[str]:
@@ -43,28 +51,63 @@ def status_text(statuses: Sequence[BridgeStatus]) -> Iterator[str]:
 
 def _bridge(status: BridgeStatus) -> Iterator[str]:
     yield f"{status.name}: {_state(status)}"
-    rows = {
-        "device": f"{status.device or 'of unknown type'}, {status.backend}"
-        + (f", pid {status.backend_pid}" if status.backend_pid is not None else ""),
-        "front-end": f"{status.listen}, "
-        + ("nobody" if status.front_end is None else f"pid {status.front_end}"),
-    }
-    if status.features:
-        rows["features"] = f"{status.features:#x} {' '.join(_features(status))}"
-    if missing := [
-        key.replace("_", " ") for key, a in status.capabilities.items() if a["how"] == "no"
-    ]:
-        rows["can't"] = ", ".join(missing)
-    if status.control:
-        facts = dict(status.control)
-        rows["control"] = ", ".join([facts.pop("driver"), *(f"{k} {v}" for k, v in facts.items())])
-    for key, value in rows.items():
+    for key, value in (*_parts(status), *_going_on(status), *_past(status)):
         yield f"  {key.ljust(10)} {value}"
     head = ("VRING", "SIZE", "STATE", "BASE", "AVAILABLE", "USED")
     yield from table(head, map(_vring, status.vrings), indent="  ")
     for vring in status.vrings:
         if vring.problem:
             yield f"  vring {vring.index}: {vring.problem}"
+
+
+def _parts(status: BridgeStatus) -> Iterator[tuple[str, str]]:
+    pid = "" if status.backend_pid is None else f", pid {status.backend_pid}"
+    yield "device", f"{status.device or 'of unknown type'}, {status.backend}{pid}"
+    peer = "nobody" if status.front_end is None else f"pid {status.front_end}{_since(status)}"
+    yield "front-end", f"{status.listen}, {peer}"
+    if status.features:
+        yield "features", f"{status.features:#x} {' '.join(_features(status))}"
+    missing = [key for key, ability in status.capabilities.items() if ability["how"] == "no"]
+    if missing:
+        yield "can't", ", ".join(key.replace("_", " ") for key in missing)
+    if status.control:
+        facts = dict(status.control)
+        yield "control", ", ".join([facts.pop("driver"), *(f"{k} {v}" for k, v in facts.items())])
+
+
+def _going_on(status: BridgeStatus) -> Iterator[tuple[str, str]]:
+    if status.shadow:
+        yield "shadow", f"requests pass through shadow vrings: {status.shadow}"
+    if status.dirty_log:
+        yield "dirty log", f"on, by {status.dirty_log}"
+    if status.paused is not None:
+        yield "paused", f"{status.paused.reason}, for {_length(status.paused.seconds)} so far"
+
+
+def _past(status: BridgeStatus) -> Iterator[tuple[str, str]]:
+    key = "pauses"
+    for reason, tally in sorted(status.pauses.items()):
+        told = f"{tally.count} {reason}, {_length(tally.seconds)}"
+        if tally.last is not None:
+            told += f"; last {clock(tally.last.at)}, {tally.last.told}"
+        if tally.longest is not None and tally.longest != tally.last:
+            told += f"; longest {tally.longest.told}"
+        yield key, told
+        key = ""
+    counts = {"back-ends failed": status.failures, "front-ends cut off": status.errors}
+    errors = [f"{count} {what}" for what, count in counts.items() if count]
+    if errors:
+        yield "errors", ", ".join(errors)
+
+
+def _length(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def clock(at: float) -> str:
+    """A time of the recent past, here, for people."""
+    when = datetime.fromtimestamp(at)
+    return when.strftime("%H:%M:%S" if time() - at < 43200 else "%Y-%m-%d %H:%M:%S")
 
 
 def _state(status: BridgeStatus) -> str:

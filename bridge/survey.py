@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
+from dataclasses import asdict, replace
 
 from vhostbridge.backends.device import Device, VringSetup
 from vhostbridge.backends.errors import PeerError
@@ -11,18 +13,23 @@ from vhostbridge.backends.ring_memory import available_index, used_index
 from vhostbridge.backends.virtio import TransportFeature, device_name
 
 from .config import BridgeConfig
+from .events import Kind
 from .facts import capabilities_report
 from .incoming import Incoming, Origin
+from .journal import Journal
 from .session import Session
+from .shadow import ShadowDevice
 from .status import BridgeStatus, VringStatus
+from .traffic import Count, Traffic
 
 
 def survey(
     config: BridgeConfig,
-    device: Device | None,
+    device: ShadowDevice | None,
     session: Session | None,
     front_end: int | None,
     incoming: Incoming | None,
+    journal: Journal,
 ) -> BridgeStatus:
     """The status of one bridge; ``device`` is ``None`` while its back-end is not there."""
     device_id = None if device is None else device.info.device_id
@@ -42,18 +49,39 @@ def survey(
         status=0 if session is None else session.status,
         capabilities={} if device is None else capabilities_report(device.capabilities),
         control={} if device is None else device.control_report(),
-        vrings=() if device is None else _vrings(device, session),
+        vrings=() if device is None else _vrings(device, session, journal.traffic),
+        moment=time.monotonic(),
+        since=journal.since,
+        front_end_since=journal.front_end_since,
+        front_ends=journal.counts.get(Kind.FRONT_END_CONNECTED, 0),
+        failures=journal.counts.get(Kind.BACK_END_FAILED, 0),
+        errors=journal.counts.get(Kind.ERROR, 0),
+        shadow="" if device is None else device.shadow,
+        dirty_log="" if device is None else device.logged_by,
+        pauses=journal.pauses.tallies,
+        paused=journal.pauses.current,
     )
 
 
-def _vrings(device: Device, session: Session | None) -> tuple[VringStatus, ...]:
+def _vrings(device: Device, session: Session | None, traffic: Traffic) -> tuple[VringStatus, ...]:
     setups = dict(device.vrings)
-    indices = set(setups) | (set() if session is None else set(session.vrings))
-    return tuple(_vring(index, setups.get(index), device, session) for index in sorted(indices))
+    counts = traffic.counts()
+    indices = set(setups) | (set() if session is None else set(session.vrings)) | set(counts)
+    return tuple(
+        replace(
+            _vring(index, setups.get(index), device, session, traffic.in_flight(index)),
+            **asdict(counts.get(index, Count())),
+        )
+        for index in sorted(indices)
+    )
 
 
 def _vring(
-    index: int, setup: VringSetup | None, device: Device, session: Session | None
+    index: int,
+    setup: VringSetup | None,
+    device: Device,
+    session: Session | None,
+    in_flight: int | None,
 ) -> VringStatus:
     seen = None if session is None else session.vrings.get(index)
     packed = bool(device.features & TransportFeature.RING_PACKED.mask)
@@ -64,6 +92,9 @@ def _vring(
             available = available_index(session.memory.regions, setup)
             used = used_index(session.memory.regions, setup)
     size = setup.size if setup is not None else seen.size if seen is not None else 0
+    problem = _problem(size, base, available, used)
+    if in_flight is None and available is not None and used is not None and not problem:
+        in_flight = (available - used) & 0xFFFF
     return VringStatus(
         index=index,
         size=size,
@@ -73,7 +104,8 @@ def _vring(
         base=base,
         available=available,
         used=used,
-        problem=_problem(size, base, available, used),
+        problem=problem,
+        in_flight=in_flight,
     )
 
 

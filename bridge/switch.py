@@ -23,6 +23,7 @@ from .config import BridgeConfig
 from .offer import offered_protocol
 from .recovery import last_state
 from .session import Session
+from .shadow import ShadowDevice
 from .state_transfer import misfits
 from .status import SwitchReport
 
@@ -31,7 +32,7 @@ from .status import SwitchReport
 class Opened:
     """A device that a task keeps open, until it fails or is let go."""
 
-    device: Device
+    device: ShadowDevice
     config: BridgeConfig
     let_go: trio.Event = field(default_factory=trio.Event)
     closed: trio.Event = field(default_factory=trio.Event)

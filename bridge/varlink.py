@@ -258,10 +258,13 @@ class Answering(Protocol):
     def progress(self, parameters: Values) -> None:
         """Tell the caller how far it is, if it wants to know; the latest of several is enough."""
 
+    async def tell(self, parameters: Values) -> None:
+        """Send a reply before the last one of a call with ``more``, once there is room for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """What a method takes: ``kind`` is ``str``, ``int`` or ``bool``."""
+    """What a method takes: ``kind`` is ``str``, ``int``, ``bool`` or ``list`` (of strings)."""
 
     kind: type
     optional: bool = False
@@ -308,6 +311,7 @@ error InterfaceNotFound(interface: string)
 error MethodNotFound(method: string)
 error MethodNotImplemented(method: string)
 error InvalidParameter(parameter: string)
+error ExpectedMore()
 """
 
 
@@ -360,6 +364,8 @@ class Service:
 
 def _acceptable(value: object, wanted: Parameter | None) -> bool:
     if wanted is None:
+        return False
+    if isinstance(value, list) and not all(isinstance(one, str) for one in value):
         return False
     # A bool is an int to Python.
     return wanted.optional if value is None else type(value) is wanted.kind

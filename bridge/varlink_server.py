@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -73,9 +74,10 @@ def peer_of(sock: trio.socket.SocketType) -> Peer:
 class _Answering:
     """A call while it is answered."""
 
-    def __init__(self, call: Call, peer: Peer) -> None:
+    def __init__(self, call: Call, peer: Peer, tell: Callable[[Values], Awaitable[None]]) -> None:
         self.call = call
         self.asked_by = str(peer)
+        self._tell = tell
         self.latest: Values = {}
         self.news = trio.Event()
         self.done = trio.Event()
@@ -84,6 +86,10 @@ class _Answering:
         if self.call.more and not self.call.oneway:
             self.latest = parameters
             self.news.set()
+
+    async def tell(self, parameters: Values) -> None:
+        if not self.call.oneway:
+            await self._tell(parameters)
 
     def finish(self) -> None:
         self.done.set()
@@ -176,7 +182,7 @@ class Connection:
                 return
             with trio.CancelScope() as scope:
                 self._current = call, scope
-                reply = await self._answer(_Answering(call, self._peer))
+                reply = await self._answer(_Answering(call, self._peer, self._tell))
                 if not call.oneway:
                     await self._send(reply.encode())
         except WireError as error:
@@ -221,6 +227,11 @@ class Connection:
         poll = select.poll()
         poll.register(self._sock.fileno(), select.POLLOUT)
         return any(events & select.POLLOUT for _, events in poll.poll(0))
+
+    # Waits for as long as it takes: what is told in this way is not held up by who doesn't read it.
+    async def _tell(self, parameters: Values) -> None:
+        await trio.lowlevel.wait_writable(self._sock.fileno())
+        await self._send(Reply(parameters, continues=True).encode())
 
     # A reply that went out in part leaves the stream without framing: then the connection ends.
     async def _send(self, data: bytes) -> None:

@@ -56,6 +56,14 @@ class WrappedDevice(Device):
         self._inner.failed = value
 
     @property
+    def starts(self) -> int:
+        return self._inner.starts
+
+    @starts.setter
+    def starts(self, value: int) -> None:
+        self._inner.starts = value
+
+    @property
     def features(self) -> int:
         return self._inner.features
 

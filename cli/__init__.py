@@ -13,7 +13,7 @@ import click
 from vhostbridge import __version__
 from vhostbridge.backends.errors import BridgeError, ConfigError, TransportLost, find_bridge_error
 
-from . import conform, control, serve, show, state, trace
+from . import conform, control, monitor, serve, show, state, trace
 from .common import (
     INTERRUPTED,
     LOST,
@@ -36,6 +36,7 @@ Exit codes:
   1  refused or failed
   2  wrong usage: options, back-end URI, configuration file
   3  the connection to a device, back-end or daemon was lost
+  4  what "monitor --until" waited for did not happen in time
 """
 
 
@@ -85,7 +86,7 @@ def completion(shell: str) -> None:
     click.echo(script(shell, cli), nl=False)
 
 
-for group in (serve, show, control, state, conform, trace):
+for group in (serve, show, control, monitor, state, conform, trace):
     for command in group.COMMANDS:
         cli.add_command(command)
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 PROGRAM = "vhost-bridge"
-REFUSED, USAGE, LOST = 1, 2, 3
+REFUSED, USAGE, LOST, TIMED_OUT = 1, 2, 3, 4
 INTERRUPTED = 130
 
 
@@ -79,6 +80,18 @@ def json_option(function: F) -> F:
     """``-j``, as ``as_json``."""
     return click.option(
         "-j", "--json", "as_json", is_flag=True, help="Print one JSON document instead of text."
+    )(function)
+
+
+def control_option(function: F) -> F:
+    """``--control``, of the commands that ask a daemon."""
+    return click.option(
+        "--control",
+        type=click.Path(path_type=Path),
+        metavar="PATH",
+        is_eager=True,  # completion of the name asks there
+        help="The daemon's control socket.  [default: found in /run/vhost-bridge, or "
+        "$XDG_RUNTIME_DIR/vhost-bridge]",
     )(function)
 
 

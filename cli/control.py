@@ -20,6 +20,7 @@ from .common import (
     complain,
     complete_bridge,
     complete_target,
+    control_option,
     debug_option,
     json_option,
     print_json,
@@ -37,20 +38,9 @@ def _name_argument(function: F) -> F:
     return click.argument("name", metavar="NAME", shell_complete=complete_bridge)(function)
 
 
-def _control_option(function: F) -> F:
-    return click.option(
-        "--control",
-        type=click.Path(path_type=Path),
-        metavar="PATH",
-        is_eager=True,  # completion of the name asks there
-        help="The daemon's control socket.  [default: found in /run/vhost-bridge, or "
-        "$XDG_RUNTIME_DIR/vhost-bridge]",
-    )(function)
-
-
 @click.command()
 @click.argument("name", metavar="[NAME]", required=False, shell_complete=complete_bridge)
-@_control_option
+@control_option
 @json_option
 @debug_option
 def status(name: str | None, control: Path | None, as_json: bool) -> None:
@@ -93,7 +83,7 @@ def status(name: str | None, control: Path | None, as_json: bool) -> None:
 
 @click.command()
 @_name_argument
-@_control_option
+@control_option
 @json_option
 @debug_option
 def suspend(name: str, control: Path | None, as_json: bool) -> None:
@@ -113,7 +103,7 @@ def suspend(name: str, control: Path | None, as_json: bool) -> None:
 
 @click.command()
 @_name_argument
-@_control_option
+@control_option
 @json_option
 @debug_option
 def resume(name: str, control: Path | None, as_json: bool) -> None:
@@ -128,7 +118,7 @@ def resume(name: str, control: Path | None, as_json: bool) -> None:
 
 @click.command()
 @_name_argument
-@_control_option
+@control_option
 @json_option
 @debug_option
 def reset(name: str, control: Path | None, as_json: bool) -> None:
@@ -157,7 +147,7 @@ def _operate(method: str, name: str, control: Path | None, as_json: bool) -> Non
 @click.command()
 @_name_argument
 @click.argument("file", metavar="FILE", type=click.Path(allow_dash=True))
-@_control_option
+@control_option
 @json_option
 @debug_option
 def save(name: str, file: str, control: Path | None, as_json: bool) -> None:
@@ -206,7 +196,7 @@ def _sink(file: str) -> Iterator[OwnedFd]:
 @_name_argument
 @click.argument("file", metavar="FILE", type=click.Path(allow_dash=True))
 @click.option("--dry-run", is_flag=True, help="Only tell whether it would load, and all why not.")
-@_control_option
+@control_option
 @json_option
 @debug_option
 def load(name: str, file: str, dry_run: bool, control: Path | None, as_json: bool) -> None:
@@ -259,7 +249,7 @@ def _complain_of_reasons(what: str, reasons: list[str]) -> NoReturn:
 @_name_argument
 @click.argument("backend", metavar="BACKEND", shell_complete=complete_target)
 @click.option("--dry-run", is_flag=True, help="Only tell whether it would work, and all why not.")
-@_control_option
+@control_option
 @json_option
 @debug_option
 def switch(name: str, backend: str, dry_run: bool, control: Path | None, as_json: bool) -> None:

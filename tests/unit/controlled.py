@@ -14,6 +14,7 @@ import trio
 from vhostbridge.backends.errors import BridgeError
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.bridge.control import Controlled, serve_control
+from vhostbridge.bridge.events import Event, Events
 from vhostbridge.bridge.status import BridgeStatus, SwitchReport, VringStatus
 
 STATE = b"state of a device" * 100
@@ -138,24 +139,28 @@ def some_fds(count: int) -> list[OwnedFd]:
 
 
 @contextmanager
-def daemon(path: Path, *bridges: FakeBridge) -> Iterator[None]:
-    """Serve `bridges` on `path`, in a thread with an event loop of its own."""
+def daemon(path: Path, *bridges: FakeBridge) -> Iterator[Callable[[Event], None]]:
+    """Serve `bridges` on `path`, in a thread with an event loop of its own.
+
+    Gives what tells an event there.
+    """
     named: Mapping[str, Controlled] = {bridge.name: bridge for bridge in bridges}
     ready = threading.Event()
+    events = Events()
     token: list[tuple[trio.lowlevel.TrioToken, trio.CancelScope]] = []
 
     async def serve() -> None:
         with trio.CancelScope() as scope:
             token.append((trio.lowlevel.current_trio_token(), scope))
             async with trio.open_nursery() as nursery:
-                await nursery.start(partial(serve_control, path, named))
+                await nursery.start(partial(serve_control, path, named, events=events))
                 ready.set()
 
     thread = threading.Thread(target=trio.run, args=[serve])
     thread.start()
     try:
         assert ready.wait(10)
-        yield
+        yield lambda event: token[0][0].run_sync_soon(events.tell, event)
     finally:
         for loop, scope in token:
             loop.run_sync_soon(scope.cancel)

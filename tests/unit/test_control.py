@@ -10,7 +10,6 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,14 @@ from vhostbridge.backends.errors import (
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.bridge.control import Control, description
 from vhostbridge.bridge.control_client import ControlClient, Incompatible, daemon_of
+from vhostbridge.bridge.pauses import Pause, Tally
 from vhostbridge.bridge.status import BridgeStatus, VringStatus, from_wire, to_wire
 from vhostbridge.bridge.varlink import Call, Framer, Reply, decode_reply, sent_fds
 
 NAME = "io.vhostbridge.Control"
+PAUSE = Pause("switch", 1e9, {"suspend": 1.0, "state": 0.5, "resume": 0.0})
 #: A parameter of the definition, as Python's type.
-KINDS = {"string": str, "int": int, "bool": bool}
+KINDS = {"string": str, "int": int, "bool": bool, "[]string": list}
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_definition_and_methods_have_the_same_parameters() -> None:
     declared = {
         name: {
             key: (KINDS[kind], bool(optional))
-            for key, optional, kind in re.findall(r"(\w+): (\??)(\w+)", parameters)
+            for key, optional, kind in re.findall(r"(\w+): (\??)([\[\]\w]+)", parameters)
         }
         for name, parameters in re.findall(r"^method (\w+)\(([^)]*)\)", description(), re.MULTILINE)
     }
@@ -92,17 +93,31 @@ def test_definition_and_status_have_the_same_members(bridge: FakeBridge) -> None
     message = to_wire(bridge.status())
     types = dict(re.findall(r"^type (\w+) \((.*?)^\)", description(), re.MULTILINE | re.DOTALL))
     assert set(re.findall(r"(\w+):", types["BridgeStatus"])) == message.keys()
-    vring = {field.name for field in fields(VringStatus)}
-    assert set(re.findall(r"(\w+):", types["Vring"])) == vring
+    vrings: Any = message["vrings"]
+    assert set(re.findall(r"(\w+):", types["Vring"])) == vrings[0].keys()
 
 
 def test_status_survives_the_wire() -> None:
     vring = VringStatus(1, 2, True, False, True, 3, None, 5, "x")
     status = BridgeStatus(
         "n", "b", "l", None, "running", "f", True, False, True, 7, 8, 9,
-        {"suspend": {"how": "no", "why": "w"}}, {"driver": "bridge"}, (vring,),
+        {"suspend": {"how": "no", "why": "w"}}, (vring,), control={"driver": "bridge"},
+        pauses={"switch": Tally(2, 3.0, {"suspend": 3.0}, PAUSE, PAUSE)}, paused=PAUSE,
     )  # fmt: skip
     assert from_wire(to_wire(status)) == status
+
+
+def test_what_an_older_daemon_does_not_tell_has_a_default(bridge: FakeBridge) -> None:
+    message = to_wire(bridge.status())
+    for later in ("pauses", "paused", "moment", "frontEndSince", "control", "shadow"):
+        del message[later]
+    vrings: Any = message["vrings"]
+    for later in ("inFlight", "requests"):
+        del vrings[0][later]
+    assert from_wire(message) == bridge.status()
+    del message["state"]
+    with pytest.raises(KeyError):
+        from_wire(message)
 
 
 def test_what_a_newer_daemon_tells_more_is_left_out(bridge: FakeBridge) -> None:
