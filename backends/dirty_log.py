@@ -11,6 +11,7 @@ from vhostbridge.native import ffi, lib
 from .device import MemoryRegion
 from .errors import KernelRefused, PeerError
 from .fds import OwnedFd
+from .foreign_fds import Kind, kind_of
 
 #: Bytes of guest memory that one bit stands for.
 LOG_PAGE = 4096
@@ -23,10 +24,12 @@ class DirtyLog:
     descriptor and its mapping; whoever marks pages through ``address`` stops before ``close``.
 
     Raises:
-        PeerError: on construction, when the file is too short or there is nothing to log to.
+        PeerError: on construction, when it is no memory, or the file is too short.
     """
 
     def __init__(self, fd: OwnedFd, offset: int, size: int) -> None:
+        if kind_of(fd) is not Kind.MEMORY:
+            raise PeerError("the dirty log is neither shared memory nor in a file of a local disk")
         end = os.fstat(fd.fileno()).st_size
         if size == 0 or offset + size > end:
             raise PeerError(
@@ -56,17 +59,22 @@ class DirtyLog:
         It goes through the file: what a front-end made shorter would be a bus error in memory.
 
         Raises:
-            PeerError: the front-end made the log shorter.
+            PeerError: the front-end made the log shorter, or write-protected it.
         """
         for region in regions:
             first = region.guest_address // LOG_PAGE // 8
             last = min((region.end - 1) // LOG_PAGE // 8, self.size - 1)
             while first <= last:
                 piece = b"\xff" * min(last + 1 - first, 1 << 20)
-                written = os.pwrite(self.fd.fileno(), piece, self.offset + first)
-                first += written
+                first += self._write(piece, self.offset + first)
         if os.fstat(self.fd.fileno()).st_size < self.offset + self.size:
             raise PeerError("the front-end made the dirty log shorter while it was in use")
+
+    def _write(self, piece: bytes, offset: int) -> int:
+        try:
+            return os.pwrite(self.fd.fileno(), piece, offset)
+        except OSError as error:
+            raise PeerError(f"the dirty log can't be written: {error.strerror}") from None
 
     def close(self) -> None:
         """Unmap it and close the descriptor. Idempotent."""

@@ -12,6 +12,7 @@ import trio
 
 from vhostbridge.backends.errors import BridgeError, StateError
 from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.foreign_fds import Kind, kind_of
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state_stream import CheckedFd, check_stream
 from vhostbridge.backends.vhostuser.messages import U64, Payload, StateTransfer
@@ -29,8 +30,13 @@ if TYPE_CHECKING:
 # No descriptor comes with the reply: the front-end's is used.
 _ACCEPTED, _REFUSED = 0x100, 0x101
 
-# How long a transfer may take in all, in seconds. The VMM stands still meanwhile.
+# How long a transfer may take in all, and without any progress, in seconds. The VMM stands still
+# meanwhile, and the operator waits while the front-end reads.
 TRANSFER_SECONDS = 300.0
+STALL_SECONDS = 30.0
+
+# How much a front-end may have us keep, in bytes: more than any device is known to have.
+STATE_MAX = 1 << 30
 
 
 class Transfer:
@@ -48,14 +54,23 @@ class Transfer:
 
         Whatever goes wrong is for CHECK_DEVICE_STATE to tell.
         """
-        self.error = f"it took more than {TRANSFER_SECONDS:g} s"
+        self.error = (
+            f"it took more than {TRANSFER_SECONDS:g} s, or stood still for {STALL_SECONDS:g} s"
+        )
+        end = trio.current_time() + TRANSFER_SECONDS
         try:
-            with trio.move_on_after(TRANSFER_SECONDS):
+            with trio.move_on_after(STALL_SECONDS) as scope:
+
+                def progress(count: int) -> None:
+                    scope.deadline = min(end, trio.current_time() + STALL_SECONDS)
+                    if self.direction != SAVE and count > STATE_MAX:
+                        raise StateError(f"it has more than {STATE_MAX} bytes")
+
                 if self.direction == SAVE:
                     async with session.lock:
-                        await save_device(session.device, self._fd, lambda count: None)
+                        await save_device(session.device, self._fd, progress)
                 else:
-                    self.loaded = await check_stream(self._fd.dup(), lambda count: None)
+                    self.loaded = await check_stream(self._fd.dup(), progress)
                 self.error = ""
         except BridgeError as error:
             self.error = str(error)
@@ -78,6 +93,8 @@ async def set_device_state_fd(session: Session, message: Message) -> Payload:
     reason = ""
     if wanted.direction not in (SAVE, LOAD) or wanted.phase != 0:
         reason = f"direction {wanted.direction}, phase {wanted.phase} is unknown"
+    elif kind_of(message.fds[0]) not in (Kind.PIPE, Kind.SOCKET, Kind.MEMORY):
+        reason = "its descriptor is neither a pipe nor a UNIX socket nor memory"
     elif session.transfer is not None and not session.transfer.done.is_set():
         reason = "another transfer is under way"
     elif session.device.state not in (State.SUSPENDED, State.RESET):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from vhostbridge.backends.device import MemoryRegion
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.fds import OwnedFd, close_all
+from vhostbridge.backends.foreign_fds import Kind, kind_of
 from vhostbridge.backends.vhostuser.messages import Region
 
 _NOT_SHARED = "give the guest shared memory: memory-backend-memfd,share=on"
@@ -116,6 +117,8 @@ def guest_region(wire: Region, fd: OwnedFd | None) -> GuestRegion:
     limit = 2**64
     if max(wire.guest_address, wire.user_address, wire.mmap_offset) + wire.size > limit:
         raise PeerError(f"{where} wraps around the end of the address space")
+    if kind_of(fd) is not Kind.MEMORY:
+        raise PeerError(f"{where} is neither shared memory nor in a file of a local disk")
     status = os.fstat(fd.fileno())
     if wire.mmap_offset + wire.size > status.st_size:
         raise PeerError(

@@ -246,7 +246,7 @@ class ShadowDevice(WrappedDevice):
             await self._inner.suspend()
         else:
             await self._suspend_rings(rings)
-        self._mark_if_stopped()
+        await self._mark_if_stopped()
 
     async def _suspend_rings(self, rings: ShadowRings) -> None:
         await trio.to_thread.run_sync(rings.hold)
@@ -265,9 +265,9 @@ class ShadowDevice(WrappedDevice):
         await self._end_rings()
 
     # Where nothing tells what the device wrote, it may have been anything.
-    def _mark_if_stopped(self) -> None:
+    async def _mark_if_stopped(self) -> None:
         if self._mark_all and self._dirty is not None:
-            self._dirty.mark_all(self._memory)
+            await trio.to_thread.run_sync(self._dirty.mark_all, self._memory)
 
     @whole
     @journaled
@@ -275,7 +275,7 @@ class ShadowDevice(WrappedDevice):
         if self._guest is None:
             base = await self._inner.stop_vring(index)
             self._running -= {index}
-            self._mark_if_stopped()
+            await self._mark_if_stopped()
             return base
         await self.suspend()
         self._running -= {index}

@@ -15,6 +15,7 @@ import trio
 
 from vhostbridge.backends.errors import PeerError, TransportLost
 from vhostbridge.backends.fds import OwnedFd, close_all
+from vhostbridge.backends.foreign_fds import ForeignFd
 from vhostbridge.backends.trace import OFF, Tracer
 
 from .codec import Decoder, Message, encode_reply, encode_request
@@ -22,8 +23,17 @@ from .messages import Empty, Payload
 from .specs import Spec
 from .tracing import Lane, received, sent
 
-# Room for more descriptors than any message may carry, so that too many are seen as such.
-_ANCILLARY = socket.CMSG_SPACE(32 * array.array("i").itemsize)
+# Room for as many descriptors as the kernel passes on at once. What doesn't fit it would close
+# itself, in our thread, and that may wait.
+_ANCILLARY = socket.CMSG_SPACE(253 * array.array("i").itemsize)
+
+# Peers may have our sockets' open files too, and make them blocking: each call says that it
+# doesn't wait.
+_RECEIVE = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+_SEND = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+#: How long a peer may take to make room for a reply, in seconds. It waits for that reply.
+PATIENCE = 5.0
 
 
 class Channel:
@@ -82,7 +92,7 @@ class Channel:
         while True:
             with self._translate_errors():
                 data, ancillary, flags, _ = await self._sock.recvmsg(
-                    self._decoder.bytes_desired(), _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+                    self._decoder.bytes_desired(), _ANCILLARY, _RECEIVE
                 )
             fds = _descriptors(ancillary)
             if flags & socket.MSG_CTRUNC:
@@ -134,8 +144,15 @@ class Channel:
                 self._broken = False
 
     async def send_reply(self, request: int, payload: Payload, fds: Sequence[OwnedFd] = ()) -> None:
-        """Send a reply in one piece; the caller keeps ``fds``."""
-        await self._send(encode_reply(request, payload), fds)
+        """Send a reply in one piece; the caller keeps ``fds``.
+
+        Raises:
+            TransportLost: the connection broke, or the peer takes no replies.
+        """
+        with trio.move_on_after(PATIENCE) as scope:
+            await self._send(encode_reply(request, payload), fds)
+        if scope.cancelled_caught:
+            raise TransportLost(f"the {self._peer} did not take a reply for {PATIENCE:g} s")
 
     # A message that went out in part, and can't be finished, leaves the stream without framing.
     async def _send(self, data: bytes, fds: Sequence[OwnedFd]) -> None:
@@ -147,10 +164,10 @@ class Channel:
             with self._translate_errors():
                 # Before it is sent: the answer may be there before this task goes on.
                 self._tell(data, len(fds))
-                count = await self._sock.sendmsg([data], ancillary)
+                count = await self._sock.sendmsg([data], ancillary, _SEND)
                 self._broken = count < len(data)
                 while count < len(data):
-                    count += await self._sock.send(data[count:])
+                    count += await self._sock.send(data[count:], _SEND)
                 self._broken = False
 
     def _tell(self, data: bytes, fds: int = 0) -> None:
@@ -187,9 +204,9 @@ def _undisturbed() -> Iterator[None]:
         os.sched_setscheduler(0, *usual)
 
 
-def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[OwnedFd]:
+def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[ForeignFd]:
     fds = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return [OwnedFd(fd) for fd in fds]
+    return [ForeignFd(fd) for fd in fds]

@@ -61,13 +61,12 @@ def listen(path: str, *, mode: int = 0o600) -> trio.socket.SocketType:
     _clear_path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # Nobody may connect between bind and chmod.
-        previous = os.umask(0o177)
+        # It has its mode from the beginning: with a chmod the path may be another file by then.
+        previous = os.umask(0o777 & ~mode)
         try:
             sock.bind(path)
         finally:
             os.umask(previous)
-        os.chmod(path, mode)
         sock.listen(8)
     except OSError as error:
         sock.close()

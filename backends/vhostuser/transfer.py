@@ -10,6 +10,7 @@ import trio
 
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.fds import OwnedFd, close_all
+from vhostbridge.backends.foreign_fds import Kind, kind_of
 
 from .client import Client
 from .messages import U64, Request, StateTransfer
@@ -79,4 +80,9 @@ async def _begin(client: Client, direction: int) -> OwnedFd:
     if not fds:
         return ours
     ours.close()
+    if kind_of(fds[0]) not in (Kind.PIPE, Kind.SOCKET, Kind.MEMORY):
+        fds[0].close()
+        raise PeerError(
+            f"back-end {client.target} transfers its state through neither pipe nor UNIX socket"
+        )
     return fds[0]

@@ -98,22 +98,13 @@ async def test_received_descriptors_are_not_inherited() -> None:
         message.close()
 
 
-@pytest.mark.parametrize("count", [2, 9, 32])
+@pytest.mark.parametrize("count", [2, 9, 32, 253])
 async def test_too_many_descriptors_are_refused(count: int) -> None:
     async with connected() as pair:
         fds = [eventfd() for _ in range(count)]
         await pair.peer.send(frame(KICK, u64(0)), fds)
         close_all(fds)
         with pytest.raises(PeerError, match=f"with {count} file descriptors"):
-            await pair.channel.receive()
-
-
-async def test_more_descriptors_than_fit_are_refused() -> None:
-    async with connected() as pair:
-        fds = [eventfd() for _ in range(100)]
-        await pair.peer.send(frame(KICK, u64(0)), fds)
-        close_all(fds)
-        with pytest.raises(PeerError, match="more file descriptors than fit"):
             await pair.channel.receive()
 
 

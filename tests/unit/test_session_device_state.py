@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from tests.unit.fakes import FakeDevice, u64
 from tests.unit.frontend import OFFER, PF, FrontEnd, connected
@@ -172,3 +173,24 @@ async def test_reader_that_goes_away_fails_the_save_only() -> None:
 async def test_device_without_state_of_its_own_does_not_offer_it() -> None:
     async with connected() as vm:
         assert await vm.ask(R.GET_PROTOCOL_FEATURES) == u64(int(OFFER))
+
+
+async def test_state_goes_through_nothing_that_makes_readers_wait() -> None:
+    async with connected(Stateful()) as vm:
+        await vm.negotiate(protocol=PROTOCOL)
+        with OwnedFd(os.open("/dev/null", os.O_RDWR)) as fd:
+            for direction in (0, 1):
+                request = struct.pack("=II", direction, 0)
+                assert await vm.ask(R.SET_DEVICE_STATE_FD, request, fd) == u64(0x101)
+
+
+async def test_state_that_never_comes_is_given_up(autojump_clock: MockClock) -> None:
+    async with connected(Stateful()) as vm:
+        await vm.negotiate(protocol=PROTOCOL)
+        reader, writer = (OwnedFd(fd) for fd in os.pipe())
+        with reader, writer:
+            request = struct.pack("=II", 1, 0)
+            assert await vm.ask(R.SET_DEVICE_STATE_FD, request, reader) == u64(0x100)
+            began = trio.current_time()
+            assert await vm.ask(R.CHECK_DEVICE_STATE) == u64(1)
+            assert trio.current_time() - began < 40

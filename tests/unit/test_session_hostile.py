@@ -154,7 +154,10 @@ LIES = {
         R.ADD_MEM_REG, SLOT + region(MEMORY, PAGE, 0, 1), "needs 4097 bytes", ("page",)
     ),
     "pipe as memory": Lie(
-        R.ADD_MEM_REG, SLOT + region(MEMORY, PAGE, 0), "its file, which has 0", ("pipe",)
+        R.ADD_MEM_REG,
+        SLOT + region(MEMORY, PAGE, 0),
+        "is neither shared memory nor in a file of a local disk",
+        ("pipe",),
     ),
     "guest address wraps": Lie(
         R.ADD_MEM_REG, SLOT + region(TOP, PAGE + 1, 0), "wraps around the end", ("memory",)
