@@ -42,7 +42,8 @@ async def dispatch(
         refusal = _refusal(session.protocol, message)
         if refusal is None or session.device.failed.is_set():
             raise
-        session.log.warning("%s: refused %s: %s", session.name, message.name, error)
+        if session.telling.spare():
+            session.log.warning("%s: refused %s: %s", session.name, message.name, error)
         reply = refusal
     if reply is None and _wants_ack(session.protocol, message):
         reply = U64(0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Protocol
 
 import trio
 
 from vhostbridge.backends.errors import TargetError
+from vhostbridge.backends.pace import Pace
 from vhostbridge.backends.vhostuser import sockets
+from vhostbridge.backends.vhostuser.sockets import EXHAUSTED
 
 from .config import BridgeConfig
 from .keeping import Keeper
@@ -17,6 +20,10 @@ _log = logging.getLogger("vhostbridge.endpoint")
 
 # How often a front-end that listens is tried, in seconds.
 RETRY = 0.2
+
+# How many front-ends a bridge serves a second for long, one after the other, and how many at once.
+CONNECTIONS = 10
+BURST = 20
 
 
 class Endpoint(Protocol):
@@ -33,10 +40,20 @@ class _Listener:
     def __init__(self, sock: trio.socket.SocketType, path: str | None) -> None:
         self._sock = sock
         self._path = path
+        self._pace = Pace(CONNECTIONS, BURST)
 
     async def next(self) -> trio.socket.SocketType | None:
-        sock, _ = await self._sock.accept()
-        return sock
+        await self._pace.take()
+        while True:
+            try:
+                sock, _ = await self._sock.accept()
+            except OSError as error:
+                if error.errno not in EXHAUSTED:
+                    raise
+                _log.error("no front-end can connect: %s", os.strerror(error.errno))
+                await trio.sleep(RETRY)
+            else:
+                return sock
 
     def close(self, *, keep: bool = False) -> None:
         if self._path is None or keep:
@@ -48,8 +65,10 @@ class _Listener:
 class _Dialer:
     def __init__(self, path: str) -> None:
         self._path = path
+        self._pace = Pace(CONNECTIONS, BURST)
 
     async def next(self) -> trio.socket.SocketType | None:
+        await self._pace.take()
         told = ""
         while True:
             try:

@@ -19,6 +19,7 @@ from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
 from vhostbridge.backends.fds import close_all
 from vhostbridge.backends.lifecycle import State, Status
+from vhostbridge.backends.pace import Pace
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.codec import Message
 from vhostbridge.backends.vhostuser.messages import (
@@ -40,6 +41,14 @@ from .vring import FrontendVring
 
 if TYPE_CHECKING:
     from .device_state import Transfer
+
+# How many messages a front-end may send a second for long, and how many at once. VMMs send some
+# hundred when a device starts and then hardly any; more would be other bridges' time.
+MESSAGES = 500
+BURST = 2000
+
+# How many refusals are logged at once; for long it is one a second.
+TOLD = 50
 
 # How long the device may take to stop when its front-end has gone, in seconds. VDUSE gives its
 # processes 30.
@@ -100,6 +109,9 @@ class Session:
         self._replaced = trio.Event()
         self.absence = Absence()
         self._reading = trio.CancelScope()
+        self._pace = Pace(MESSAGES, BURST)
+        #: Whether a refusal is still worth a line in the log.
+        self.telling = Pace(1, TOLD)
         #: What takes the session over when it parts; ``None``: nobody, it ends.
         self.successor: Callable[[Session], Awaitable[bool]] | None = None
         #: Whether it was taken over.
@@ -200,6 +212,7 @@ class Session:
     # A message that has begun is taken whole, even by a session that parts.
     async def _next_message(self) -> Message | None:
         with trio.CancelScope() as self._reading:
+            await self._pace.take()
             return await self.channel.receive()
         if not self.channel.at_boundary:
             with trio.move_on_after(HALF):

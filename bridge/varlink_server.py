@@ -6,7 +6,6 @@ connections and time is limited, and its faults cost it its own connection only.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import select
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 import trio
 
 from vhostbridge.backends.fds import close_all
+from vhostbridge.backends.vhostuser.sockets import EXHAUSTED
 
 from .varlink import (
     ANCILLARY,
@@ -45,8 +45,6 @@ PIPELINED = 2
 PATIENCE = 10.0
 #: Progress is told at most this often, in seconds.
 INTERVAL = 0.1
-
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +259,7 @@ class Server:
                 try:
                     sock, _ = await listener.accept()
                 except OSError as error:
-                    if error.errno not in _EXHAUSTED:
+                    if error.errno not in EXHAUSTED:
                         raise
                     _log.error("no control client can connect: %s", os.strerror(error.errno))
                     await trio.sleep(1)

@@ -17,6 +17,7 @@ from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringS
 from vhostbridge.backends.errors import BridgeError, KernelRefused, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
 from vhostbridge.backends.lifecycle import Capabilities, How, State, Status, Verb, step
+from vhostbridge.backends.pace import Pace
 from vhostbridge.backends.ring_memory import available_index, used_index
 from vhostbridge.backends.virtio import DeviceId, TransportFeature
 
@@ -42,6 +43,8 @@ _WANTED = (
 DRAIN_SECONDS = 5.0
 # How long it may take to look at a vring that it was kicked for, in seconds.
 SETTLE_SECONDS = 0.01
+# How many configuration changes of a device a second are passed on.
+CHANGES = 100
 
 
 class VdpaDevice(Device):
@@ -93,7 +96,9 @@ class VdpaDevice(Device):
 
     async def watch_config(self) -> None:
         """Pass configuration changes on, and notice a device that asks for a reset."""
+        pace = Pace(CHANGES, CHANGES)
         while True:
+            await pace.take()
             await trio.lowlevel.wait_readable(self._config_call.fileno())
             with suppress(BlockingIOError):
                 os.eventfd_read(self._config_call.fileno())

@@ -12,6 +12,7 @@ import trio
 
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
 from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.pace import Pace
 from vhostbridge.backends.trace import OFF, Tracer
 
 from .channel import Channel
@@ -43,6 +44,9 @@ class _Pending:
         if self.reply is not None:
             self.reply.close()
 
+
+# How many requests of its own a back-end may make a second.
+REQUESTS = 100
 
 # How many messages that change nothing go before one that stops a vring. A message takes a back-end
 # microseconds, as our system call does.
@@ -251,9 +255,11 @@ class Client:
         channel = self._reverse
         if channel is None:
             return
+        pace = Pace(REQUESTS, REQUESTS)
         try:
             while (message := await channel.receive()) is not None:
                 message.close()
+                await pace.take()
                 known = message.request == BackendRequest.CONFIG_CHANGE_MSG
                 if known:
                     self.on_config_change()

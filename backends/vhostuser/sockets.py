@@ -13,6 +13,9 @@ import trio
 from vhostbridge.backends.errors import TargetError
 from vhostbridge.backends.holders import unix_listener
 
+#: Why nobody can be accepted for the moment.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
 
 async def connect(path: str) -> trio.socket.SocketType:
     """Connect to a UNIX stream socket.
