@@ -15,6 +15,7 @@ from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.errors import BridgeError, PeerError, TargetError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, close_all
 from vhostbridge.backends.lifecycle import How, State
+from vhostbridge.backends.trace import OFF, Tracer
 from vhostbridge.backends.vdpa.chardev import BackendFeature, Chardev
 from vhostbridge.backends.vdpa.device import VdpaDevice
 from vhostbridge.backends.vdpa.opening import open_vdpa
@@ -44,9 +45,9 @@ class Recorder(Chardev):
     without = BackendFeature(0)
     calls: Calls
 
-    def __init__(self, node: Path) -> None:
+    def __init__(self, node: Path, trace: Tracer = OFF) -> None:
         self.calls = []
-        super().__init__(node)
+        super().__init__(node, trace)
 
     def backend_features(self) -> BackendFeature:
         return super().backend_features() & ~self.without
