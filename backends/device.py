@@ -18,6 +18,7 @@ from .trace import OFF, Tracer
 
 if TYPE_CHECKING:
     from .dirty_log import DirtyLog
+    from .inflight import InflightBuffer
     from .state import DeviceState
 
 
@@ -380,6 +381,26 @@ class Device(ABC):
         """Of a network device: the ``driver`` of its control vring and what it was told; or
         nothing."""
         return {}
+
+    async def make_inflight(self, queues: int, queue_size: int, *, packed: bool) -> InflightBuffer:
+        """A new buffer for ``use_inflight``; the caller's.
+
+        Raises:
+            Unsupported: the device does not know its requests in flight.
+        """
+        raise Unsupported(f"{self.info.target}: {self.capabilities.inflight.why}")
+
+    def use_inflight(self, buffer: InflightBuffer | None, *, leave: bool = False) -> None:
+        """Note what is in flight in ``buffer`` when vrings run next, and go on with what it has.
+
+        It is borrowed until another call. With ``leave`` a vring that stops may have requests in
+        flight, which the buffer tells of.
+
+        Raises:
+            Unsupported: the device does not know its requests in flight.
+        """
+        if buffer is not None:
+            raise Unsupported(f"{self.info.target}: {self.capabilities.inflight.why}")
 
     async def send_rarp(self, mac: int) -> None:
         """Announce the guest's MAC (vhost-user SEND_RARP's payload) to the network."""

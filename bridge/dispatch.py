@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING
 
 from vhostbridge.backends.errors import BridgeError, PeerError
+from vhostbridge.backends.fds import close_all
 from vhostbridge.backends.vhostuser.messages import (
     U64,
     Config,
@@ -48,7 +49,11 @@ async def dispatch(
     if reply is None and _wants_ack(session.protocol, message):
         reply = U64(0)
     if reply is not None:
-        await channel.send_reply(message.request, reply)
+        fds, session.reply_fds = session.reply_fds, []
+        try:
+            await channel.send_reply(message.request, reply, fds)
+        finally:
+            close_all(fds)
 
 
 def _check_negotiated(protocol: ProtocolFeature, message: Message) -> None:

@@ -38,6 +38,7 @@ from .departure import give_up
 from .device_state import check_device_state, set_device_state_fd
 from .dispatch import Handler
 from .incoming import Origin
+from .inflight import get_inflight_fd, set_inflight_fd
 from .memory import guest_region, table_of
 from .offer import check_features, offered_features, offered_protocol
 from .session import Session
@@ -372,6 +373,8 @@ HANDLERS: Mapping[int, Handler] = MappingProxyType(
         Request.SET_BACKEND_REQ_FD: set_backend_req_fd,
         Request.GET_CONFIG: get_config,
         Request.SET_CONFIG: set_config,
+        Request.GET_INFLIGHT_FD: get_inflight_fd,
+        Request.SET_INFLIGHT_FD: set_inflight_fd,
         Request.RESET_DEVICE: reset_device,
         Request.GET_MAX_MEM_SLOTS: get_max_mem_slots,
         Request.ADD_MEM_REG: add_mem_reg,

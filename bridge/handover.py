@@ -21,6 +21,7 @@ import trio
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, StateError
 from vhostbridge.backends.fds import OwnedFd, close_all, is_eventfd
+from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state import PRODUCER
 from vhostbridge.backends.state_stream import Sink, check_stream, save_stream
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 # Raised whenever a fact is added or means something else: who does not know them cuts the front-end
 # off, which then connects anew.
-FORMAT = 1
+FORMAT = 2
 
 # A message of the socket carries so much; the kernel takes 253 descriptors.
 _BYTES, _FDS = 16 << 10, 128
@@ -89,6 +90,8 @@ class Facts:
         waits: where the device's state came from (``Origin``), if its vrings have not come yet.
         state: the stream with the device's state; ``None`` if it is RESET.
         log: size and offset in bytes, and the descriptor of the dirty log.
+        inflight: size and offset in bytes, vrings, their size, and the descriptor of the in-flight
+            buffer.
     """
 
     format: int
@@ -103,6 +106,7 @@ class Facts:
     reverse: int | None
     state: int | None
     log: list[int] | None
+    inflight: list[int] | None
     regions: list[dict[str, Any]]
     vrings: list[dict[str, Any]]
 
@@ -167,7 +171,7 @@ async def _state(session: Session) -> OwnedFd | None:
 
 def _facts(session: Session, began: int, state: OwnedFd | None) -> tuple[Facts, list[int]]:
     luggage = _Luggage()
-    log = session.log_to
+    log, inflight = session.log_to, session.inflight
     facts = Facts(
         format=FORMAT,
         producer=PRODUCER,
@@ -181,6 +185,7 @@ def _facts(session: Session, began: int, state: OwnedFd | None) -> tuple[Facts, 
         reverse=luggage.add(session.reverse),
         state=luggage.add(state),
         log=None if log is None else [log.size, log.offset, luggage.put(log.fd)],
+        inflight=None if inflight is None else [*inflight.place, luggage.put(inflight.fd)],
         regions=[
             asdict(
                 RegionFacts(
@@ -320,6 +325,20 @@ class Arrival:
             except BaseException:
                 fd.close()
                 raise
+
+        if facts.inflight is not None:
+            self._give_inflight(session, facts.inflight)
+
+    def _give_inflight(self, session: Session, one: list[int]) -> None:
+        if len(one) != 5:
+            raise _unusable("its in-flight buffer has no place, vrings and descriptor")
+        size, offset, queues, queue_size, number = one
+        fd = self.take(number)
+        try:
+            session.inflight = InflightBuffer(fd, offset, size, queues, queue_size)
+        except BaseException:
+            fd.close()
+            raise
 
     def _give_region(self, session: Session, one: RegionFacts) -> None:
         wire = Region(one.guest_address, one.size, one.user_address, one.offset)

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from vhostbridge.backends.device import Device, DeviceInfo
 from vhostbridge.backends.errors import PeerError
+from vhostbridge.backends.lifecycle import How
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
 from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature, feature_names
 
@@ -52,6 +53,13 @@ def offered_protocol(device: Device) -> ProtocolFeature:
     # carries it could not go to a back-end that takes none.
     if device.internal_owner is not None:
         offer |= ProtocolFeature.DEVICE_STATE
+    how = device.capabilities.inflight.how
+    if how is not How.NO:
+        offer |= ProtocolFeature.INFLIGHT_SHMFD
+    # Back-ends complete what they have before they say where a vring stopped; vrings of our own
+    # need not wait for it.
+    if how is How.EMULATED:
+        offer |= ProtocolFeature.GET_VRING_BASE_INFLIGHT
     if info.config_size:
         offer |= ProtocolFeature.CONFIG
     if info.forwards_mtu:

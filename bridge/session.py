@@ -17,7 +17,7 @@ import trio
 from vhostbridge.backends.device import Device, VringSetup
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
-from vhostbridge.backends.fds import close_all
+from vhostbridge.backends.fds import OwnedFd, close_all
 from vhostbridge.backends.lifecycle import State, Status
 from vhostbridge.backends.pace import Pace
 from vhostbridge.backends.vhostuser.channel import Channel
@@ -40,6 +40,8 @@ from .quiet import either, message_comes_first
 from .vring import FrontendVring
 
 if TYPE_CHECKING:
+    from vhostbridge.backends.inflight import InflightBuffer
+
     from .device_state import Transfer
 
 # How many messages a front-end may send a second for long, and how many at once. VMMs send some
@@ -98,12 +100,16 @@ class Session:
         self.memory = MemoryTable()
         #: Where the front-end wants writes to be logged, while LOG_ALL is acknowledged.
         self.log_to: DirtyLog | None = None
+        #: What the front-end keeps of requests in flight.
+        self.inflight: InflightBuffer | None = None
         self.vrings: dict[int, FrontendVring] = {}
         #: The front-end's connection, and ours towards it (SET_BACKEND_REQ_FD).
         self.channel = channel
         self.reverse: Channel | None = None
         self._handlers = handlers
         self._on_disconnect = on_disconnect
+        #: Descriptors that the reply to the message at hand brings; closed then.
+        self.reply_fds: list[OwnedFd] = []
         self._nursery: trio.Nursery | None = None
         self._config_changed = trio.Event()
         self._replaced = trio.Event()
@@ -372,6 +378,7 @@ class Session:
             BridgeError: the device does not run.
         """
         self.device.on_config_change = lambda: None
+        self.use_inflight(self.inflight)
         await self.update_log(self.log_to)
         if self.held:
             self.absence.state = await self.device.capture()
@@ -394,7 +401,20 @@ class Session:
         self._listen_to_device()
         self._replaced.set()
         self._replaced = trio.Event()
+        self.use_inflight(self.inflight)
         await self.update_log(self.log_to)
+
+    def use_inflight(self, buffer: InflightBuffer | None) -> None:
+        """Let the device note its requests in flight in ``buffer``, which becomes the session's.
+
+        Raises:
+            Unsupported: it does not know them; nothing changed.
+        """
+        leave = ProtocolFeature.GET_VRING_BASE_INFLIGHT in self.protocol
+        self.device.use_inflight(buffer, leave=leave)
+        old, self.inflight = self.inflight, buffer
+        if old is not None and old is not buffer:
+            old.close()
 
     def forget_vrings(self) -> None:
         """After a reset: vrings have no positions and don't run; their calls stay."""
@@ -403,6 +423,7 @@ class Session:
             vring.stop(None)
             vring.call = call
             vring.enabled = False
+        self.use_inflight(None)
         self.status = 0
         self.held = False
 
@@ -482,6 +503,7 @@ class Session:
         finally:
             with suppress(BridgeError):
                 await self.device.log_writes(None, {})
+            self.use_inflight(None)
             if self.log_to is not None:
                 self.log_to.close()
             if self.transfer is not None:

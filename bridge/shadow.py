@@ -16,6 +16,7 @@ from vhostbridge.backends.device import Device, MemoryRegion, VringSetup, whole
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
+from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import How, State
 from vhostbridge.backends.mapping import unmap
 from vhostbridge.backends.state import DeviceState
@@ -48,7 +49,7 @@ class ShadowDevice(WrappedDevice):
         self.journal = journal or Journal()
         self._tracking = tracking
         self.info = replace(inner.info, region_max=max(1, inner.info.region_max - 1))
-        self.capabilities = able(inner, tracking)
+        self.capabilities = able(inner, tracking, always=always)
         self._memory: Sequence[MemoryRegion] = ()
         self._map = GuestMap()
         # Whether requests shall pass through shadow vrings when they pass next.
@@ -59,6 +60,11 @@ class ShadowDevice(WrappedDevice):
         self._rings: ShadowRings | None = None
         # Those of a device that is gone, with what was in flight there.
         self._inherited: ShadowRings | None = None
+        # Where the front-end keeps what is in flight, and whether vrings may stop with it.
+        self._inflight: InflightBuffer | None = None
+        self._may_leave = False
+        # Vrings that stopped so, each with how many requests the buffer has.
+        self._left: Mapping[int, int] = {}
         # Readable when a vring broke.
         self._broken = new_eventfd()
         # The vrings that run, or ran until the device was suspended.
@@ -192,6 +198,7 @@ class ShadowDevice(WrappedDevice):
             raise
         self._rings, self._guest, self._features = rings, dict(rings.vrings), features
         self.journal.traffic.begin(rings)
+        self._left = {}
         await signal_eventfds(*(vring.call for vring in vrings))
 
     async def _make_rings(
@@ -200,7 +207,7 @@ class ShadowDevice(WrappedDevice):
         rings, self._inherited = self._inherited, None
         if rings is None:
             return await trio.to_thread.run_sync(
-                ShadowRings, features, vrings, self._map, iova, self._broken
+                ShadowRings, features, vrings, self._map, iova, self._broken, self._inflight
             )
         try:
             await trio.to_thread.run_sync(rings.renew, vrings, self._map, iova, self._broken)
@@ -241,19 +248,22 @@ class ShadowDevice(WrappedDevice):
     @whole
     @journaled
     async def suspend(self) -> None:
+        await self._suspend(leave=False)
+
+    async def _suspend(self, *, leave: bool) -> None:
         rings = self._rings
         if rings is None:
             await self._inner.suspend()
         else:
-            await self._suspend_rings(rings)
+            await self._suspend_rings(rings, leave=leave)
         await self._mark_if_stopped()
 
-    async def _suspend_rings(self, rings: ShadowRings) -> None:
+    async def _suspend_rings(self, rings: ShadowRings, *, leave: bool) -> None:
         await trio.to_thread.run_sync(rings.hold)
         try:
             await self._inner.suspend()
             await trio.to_thread.run_sync(rings.stop)
-            rings.settle()
+            self._left = rings.settle(leave=leave)
         except BridgeError:
             if self.state is State.SUSPENDED:
                 await self._inner.resume()
@@ -277,7 +287,7 @@ class ShadowDevice(WrappedDevice):
             self._running -= {index}
             await self._mark_if_stopped()
             return base
-        await self.suspend()
+        await self._suspend(leave=self._may_leave)
         self._running -= {index}
         vring = self._guest.get(index)
         if vring is None or vring.base is None:
@@ -290,11 +300,20 @@ class ShadowDevice(WrappedDevice):
         await self._inner.reset()
         if self._rings is not None:
             await self._end_rings()
-        self._guest, self._running = None, frozenset()
+        self._guest, self._running, self._left = None, frozenset(), {}
 
     def load(self, state: DeviceState) -> None:
         self._inner.load(state)
-        self._guest = None
+        self._guest, self._left = None, {}
+
+    async def capture(self) -> DeviceState:
+        if self._left:
+            raise Unsupported(
+                f"{sum(self._left.values())} requests are in flight, which only the front-end's "
+                "buffer has",
+                "let the guest go on, and suspend the device meanwhile",
+            )
+        return await super().capture()
 
     async def aclose(self) -> None:
         if self._rings is not None:
@@ -390,6 +409,19 @@ class ShadowDevice(WrappedDevice):
             raise
         how = "pass through shadow vrings" if shadowed else "go straight to the device"
         _log.info("%s: requests %s now", self.info.target, how)
+
+    # Requests in flight
+
+    async def make_inflight(self, queues: int, queue_size: int, *, packed: bool) -> InflightBuffer:
+        if self._always:
+            return InflightBuffer.make(queues, queue_size, packed=packed)
+        return await self._inner.make_inflight(queues, queue_size, packed=packed)
+
+    def use_inflight(self, buffer: InflightBuffer | None, *, leave: bool = False) -> None:
+        if not self._always:
+            self._inner.use_inflight(buffer)
+            return
+        self._inflight, self._may_leave = buffer, leave and buffer is not None
 
     # Breaks of vrings
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.dirty_log import DirtyLog
-from vhostbridge.backends.errors import BridgeError, KernelRefused, Unsupported
+from vhostbridge.backends.errors import BridgeError, KernelRefused, PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, close_all, new_eventfd
+from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.mapping import Mapping as GuestMapping
 from vhostbridge.backends.mapping import map_region, unmap
 from vhostbridge.backends.virtio import TransportFeature
@@ -104,7 +105,12 @@ class ShadowRings:
     """Shadow vrings, made stopped. Blocking; one thread at a time.
 
     ``region`` is memory that the device needs besides the guest's, ``setups`` are its vrings.
-    ``broken`` is signalled when a vring breaks.
+    ``broken`` is signalled when a vring breaks. ``inflight`` is where requests in flight are
+    noted; what it has already comes first.
+
+    Raises:
+        PeerError: on construction, when ``inflight`` is not a buffer of these vrings.
+        Unsupported: likewise, when a vring is not in guest memory.
     """
 
     def __init__(
@@ -114,8 +120,10 @@ class ShadowRings:
         memory: GuestMap,
         iova: int,
         broken: OwnedFd,
+        inflight: InflightBuffer | None = None,
     ) -> None:
         self.features = features & ~_NOT_FOR_DEVICE
+        self._packed = bool(features & TransportFeature.RING_PACKED.mask)
         self._broken = broken
         self._vrings: dict[int, _Vring] = {}
         self._size = memory_size(features, vrings)
@@ -130,6 +138,8 @@ class ShadowRings:
         if self._address < 0:
             fd.close()
             raise KernelRefused("mapping shadow vrings", -self._address)
+        # Of our own: the threads may live longer than the front-end.
+        self._inflight = None if inflight is None else inflight.dup()
         offset = 0
         try:
             for vring in vrings:
@@ -141,6 +151,7 @@ class ShadowRings:
     # Returns the bytes that it takes.
     def _add(self, features: int, vring: VringSetup, offset: int, memory: GuestMap) -> int:
         slots, pool, layout = _plan(features, vring)
+        inflight, entries = self._inflight_region(vring)
         kick, call = eventfds = new_eventfd(), new_eventfd()
         iova = self.region.guest_address + offset
         table = memory.table()
@@ -153,6 +164,8 @@ class ShadowRings:
                 "device_area": vring.device_area,
                 "memory": self._address + offset,
                 "iova": iova,
+                "inflight": inflight,
+                "inflight_size": entries,
                 "size": vring.size,
                 "base": vring.base or 0,
                 "slots": slots,
@@ -183,7 +196,15 @@ class ShadowRings:
             err=None,
         )
         self._vrings[vring.index] = _Vring(vring, device, handle, eventfds)
+        for _, reason in self.broken_vrings():
+            raise PeerError(f"vring {vring.index} can't start: {reason}")
         return int(layout.size)
+
+    # Where the in-flight buffer has a vring, and for how many descriptors.
+    def _inflight_region(self, vring: VringSetup) -> tuple[int, int]:
+        if self._inflight is None:
+            return 0, 0
+        return self._inflight.region(vring.index, vring.size, packed=self._packed)
 
     @property
     def setups(self) -> list[VringSetup]:
@@ -241,16 +262,21 @@ class ShadowRings:
         for vring in self._vrings.values():
             lib.vb_shadow_stop(vring.handle)
 
-    def settle(self) -> None:
+    def settle(self, *, leave: bool = False) -> Mapping[int, int]:
         """After ``stop``: write down where each vring of the guest goes on.
+
+        With ``leave`` that is behind the requests in flight, which are in the in-flight buffer.
+        Returns how many, for each vring that has some.
 
         Raises:
             Unsupported: a vring has requests in flight that later ones overtook.
         """
-        at = {index: lib.vb_shadow_base(vring.handle) for index, vring in self._vrings.items()}
+        handles = {index: vring.handle for index, vring in self._vrings.items()}
+        position = lib.vb_shadow_position if leave else lib.vb_shadow_base
+        at = {index: position(handle) for index, handle in handles.items()}
         for index, base in at.items():
             if base < 0:
-                count = lib.vb_shadow_inflight(self._vrings[index].handle, ffi.NULL, 0)
+                count = lib.vb_shadow_inflight(handles[index])
                 raise Unsupported(
                     f"the device did not complete {count} requests of vring {index}, which later "
                     "ones overtook",
@@ -259,6 +285,12 @@ class ShadowRings:
         for index, base in at.items():
             vring = self._vrings[index]
             vring.guest = replace(vring.guest, base=base)
+            if not leave:
+                lib.vb_shadow_unfetch(vring.handle)
+        if not leave:
+            return {}
+        left = {index: int(lib.vb_shadow_inflight(handle)) for index, handle in handles.items()}
+        return {index: count for index, count in left.items() if count}
 
     def set_memory(self, memory: GuestMap) -> bool:
         """Use other guest memory from now on; False if a vring is not in it: nothing changed."""
@@ -305,6 +337,8 @@ class ShadowRings:
             lib.vb_shadow_free(vring.handle)
             close_all(vring.eventfds)
         self._vrings.clear()
+        if self._inflight is not None:
+            self._inflight.close()
         if not self.region.fd.closed:
             lib.vb_unmap(self._address, self._size)
             self.region.fd.close()

@@ -32,11 +32,26 @@ _WHY = {
 }
 
 
-def able(device: Device, tracking: Tracking) -> Capabilities:
-    """What a device can do when its writes are tracked in this way."""
+_KEPT = Ability(How.EMULATED, "shadow vrings note it in the front-end's buffer")
+_UNKNOWN = Ability(
+    How.NO, "requests go straight to the device, which does not tell (serve --shadow knows them)"
+)
+_COMES_AND_GOES = Ability(
+    How.NO, "shadow vrings come and go with migrations, and the back-end knows before and after"
+)
+
+
+def able(device: Device, tracking: Tracking, *, always: bool = False) -> Capabilities:
+    """What a device can do when its writes are tracked so; ``always``: with shadow vrings."""
     abilities = device.capabilities
-    if tracking is Tracking.AUTO:
-        if abilities.dirty_log.how is How.NATIVE:
-            return abilities
-        tracking = Tracking.SHADOW
-    return replace(abilities, dirty_log=_WHY[tracking])
+    dirty_log = _WHY.get(tracking, abilities.dirty_log)
+    if tracking is Tracking.AUTO and dirty_log.how is not How.NATIVE:
+        dirty_log = _WHY[Tracking.SHADOW]
+    inflight = abilities.inflight
+    if always:
+        inflight = _KEPT
+    elif not inflight:
+        inflight = _UNKNOWN
+    elif dirty_log is _WHY[Tracking.SHADOW]:
+        inflight = _COMES_AND_GOES
+    return replace(abilities, dirty_log=dirty_log, inflight=inflight)

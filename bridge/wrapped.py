@@ -9,6 +9,7 @@ import trio
 
 from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup
 from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import Capabilities, State
 from vhostbridge.backends.trace import Tracer
 
@@ -104,6 +105,12 @@ class WrappedDevice(Device):
 
     async def write_config(self, offset: int, data: bytes, flags: int) -> None:
         await self._inner.write_config(offset, data, flags)
+
+    async def make_inflight(self, queues: int, queue_size: int, *, packed: bool) -> InflightBuffer:
+        return await self._inner.make_inflight(queues, queue_size, packed=packed)
+
+    def use_inflight(self, buffer: InflightBuffer | None, *, leave: bool = False) -> None:
+        self._inner.use_inflight(buffer, leave=leave)
 
     async def send_rarp(self, mac: int) -> None:
         await self._inner.send_rarp(mac)

@@ -94,6 +94,15 @@ static int take_split(struct vb_commands *commands)
 	return found;
 }
 
+static bool show_split(struct vb_commands *commands, const struct buffer *buffers)
+{
+	uint16_t head = device_ring_add(&commands->ring, buffers, PARTS);
+
+	if (head != NO_SLOT)
+		device_ring_show(&commands->ring, head);
+	return head != NO_SLOT;
+}
+
 int64_t vb_commands_send(struct vb_commands *commands, uint64_t command, uint32_t length,
 			 uint64_t reply, uint32_t room)
 {
@@ -106,7 +115,7 @@ int64_t vb_commands_send(struct vb_commands *commands, uint64_t command, uint32_
 		return -EBUSY;
 	if (commands->packed)
 		show_packed(commands, buffers);
-	else if (device_ring_add(&commands->ring, buffers, PARTS) == NO_SLOT)
+	else if (!show_split(commands, buffers))
 		return -EBUSY;
 	commands->busy = true;
 	return 0;

@@ -145,7 +145,7 @@ static void append(struct device_ring *ring, uint16_t head)
 	ring->inflight++;
 }
 
-static void show(struct device_ring *ring, uint16_t head)
+void device_ring_show(struct device_ring *ring, uint16_t head)
 {
 	store16(ring->driver + 4 + 2 * (ring->available & (ring->size - 1)), head);
 	store16_release(ring->driver + 2, ++ring->available);
@@ -177,7 +177,6 @@ uint16_t device_ring_add(struct device_ring *ring, const struct buffer *buffers,
 		.sequence = ring->sequence++,
 	};
 	append(ring, head);
-	show(ring, head);
 	return head;
 }
 
@@ -210,7 +209,7 @@ void device_ring_renew(struct device_ring *ring, uint64_t iova)
 		if (ring->requests[at].done)
 			continue;
 		put_again(ring, at);
-		show(ring, at);
+		device_ring_show(ring, at);
 	}
 }
 

@@ -17,6 +17,7 @@ struct inflight {
 	uint16_t newer;
 	uint16_t id; /* the guest's */
 	uint16_t slots;
+	uint16_t entry; /* in the in-flight buffer */
 	uint32_t position;
 	uint32_t length; /* that the device wrote, as it says */
 	uint32_t count;	 /* of descriptors, in the ring or in the pool */
@@ -56,8 +57,10 @@ void device_ring_free(struct device_ring *ring);
 /* For another device, which sees the ring at iova: it has all requests, and completed none. */
 void device_ring_renew(struct device_ring *ring, uint64_t iova);
 
-/* The request's head; NO_SLOT: there is no room now. It is seen by the device at once. */
+/* The request's head; NO_SLOT: there is no room now. */
 uint16_t device_ring_add(struct device_ring *ring, const struct buffer *buffers, uint32_t count);
+/* From now on the device sees it. */
+void device_ring_show(struct device_ring *ring, uint16_t head);
 /* 1: head and length; 0: there is none. -1: the device broke the rules. */
 int device_ring_take(struct device_ring *ring, uint16_t *head, uint32_t *length, const char **why);
 /* The i-th buffer of a request in flight. */

@@ -136,20 +136,11 @@ static int walk_table(const struct guest_ring *ring, const struct guest_memory *
 	}
 }
 
-static int fetch_split(struct guest_ring *ring, const struct guest_memory *memory,
-		       struct request *request, const char **why)
+static int walk_split(const struct guest_ring *ring, const struct guest_memory *memory,
+		      struct request *request, const char **why)
 {
-	uint16_t pending = load16_acquire(ring->driver + 2) - ring->next;
-	uint16_t index, flags;
+	uint16_t index = request->id, flags;
 
-	if (!pending)
-		return 0;
-	if (pending > ring->size) {
-		*why = "the available index is out of range";
-		return -1;
-	}
-	index = load16(ring->driver + 4 + 2 * (ring->next & (ring->size - 1)));
-	request->id = index;
 	for (uint32_t seen = 0;; seen++) {
 		struct descriptor descriptor;
 
@@ -165,26 +156,62 @@ static int fetch_split(struct guest_ring *ring, const struct guest_memory *memor
 				*why = "an indirect descriptor that has a next one";
 				return -1;
 			}
-			if (walk_table(ring, memory, request, descriptor.address, descriptor.length,
-				       why) < 0)
-				return -1;
-			break;
+			return walk_table(ring, memory, request, descriptor.address,
+					  descriptor.length, why);
 		}
 		if (add_buffer(request, memory, &descriptor, flags & DESC_WRITE, why) < 0)
 			return -1;
 		if (!(flags & DESC_NEXT))
-			break;
+			return 1;
 		index = descriptor.second;
 	}
+}
+
+static int fetch_split(struct guest_ring *ring, const struct guest_memory *memory,
+		       struct request *request, const char **why)
+{
+	uint16_t pending = load16_acquire(ring->driver + 2) - ring->next;
+
+	if (!pending)
+		return 0;
+	if (pending > ring->size) {
+		*why = "the available index is out of range";
+		return -1;
+	}
+	request->id = load16(ring->driver + 4 + 2 * (ring->next & (ring->size - 1)));
 	request->slots = 1;
+	if (walk_split(ring, memory, request, why) < 0)
+		return -1;
 	ring->next++;
 	return 1;
 }
 
 static bool is_available(const struct guest_ring *ring, uint16_t flags)
 {
-	return !!(flags & DESC_AVAIL) == ring->available_wrap &&
-	       !!(flags & DESC_USED) != ring->available_wrap;
+	return guest_ring_available(flags, ring->available_wrap);
+}
+
+/* The chain as it stands in the ring, or stood there when it was fetched. */
+static int walk_packed(const struct guest_ring *ring, const struct guest_memory *memory,
+		       struct request *request, const char **why)
+{
+	for (uint32_t i = 0; i < request->slots; i++) {
+		const struct descriptor *descriptor = &request->chain[i];
+		uint16_t flags = descriptor->second;
+
+		request->id = descriptor->first;
+		if (flags & DESC_INDIRECT) {
+			if (request->slots > 1) {
+				*why = "an indirect descriptor inside a chain";
+				return -1;
+			}
+			return walk_table(ring, memory, request, descriptor->address,
+					  descriptor->length, why);
+		}
+		if (add_buffer(request, memory, descriptor, flags & DESC_WRITE, why) < 0)
+			return -1;
+	}
+	return 1;
 }
 
 static int fetch_packed(struct guest_ring *ring, const struct guest_memory *memory,
@@ -192,36 +219,26 @@ static int fetch_packed(struct guest_ring *ring, const struct guest_memory *memo
 {
 	uint32_t place = ring->next, slots = 0;
 	uint16_t flags = load16_acquire(&ring->descriptors[place].second);
+	struct descriptor *descriptor;
 
 	if (!is_available(ring, flags))
 		return 0;
-	for (;;) {
-		struct descriptor descriptor = load_descriptor(&ring->descriptors[place]);
-
-		/* Of the first one the flags count that said it is available. */
-		if (slots)
-			flags = descriptor.second;
-		request->id = descriptor.first;
-		if (++slots > ring->size) {
+	do {
+		if (slots == ring->size) {
 			*why = "a descriptor chain is a loop";
 			return -1;
 		}
-		if (flags & DESC_INDIRECT) {
-			if (flags & DESC_NEXT || slots > 1) {
-				*why = "an indirect descriptor inside a chain";
-				return -1;
-			}
-			if (walk_table(ring, memory, request, descriptor.address, descriptor.length,
-				       why) < 0)
-				return -1;
-		} else if (add_buffer(request, memory, &descriptor, flags & DESC_WRITE, why) < 0) {
-			return -1;
-		}
+		descriptor = &request->chain[slots];
+		*descriptor = load_descriptor(&ring->descriptors[place]);
+		/* Of the first one the flags count that said it is available. */
+		if (!slots)
+			descriptor->second = flags;
+		slots++;
 		place = place + 1 == ring->size ? 0 : place + 1;
-		if (!(flags & DESC_NEXT))
-			break;
-	}
+	} while (descriptor->second & DESC_NEXT);
 	request->slots = (uint16_t)slots;
+	if (walk_packed(ring, memory, request, why) < 0)
+		return -1;
 	if (place <= ring->next)
 		ring->available_wrap = !ring->available_wrap;
 	ring->next = (uint16_t)place;
@@ -236,6 +253,14 @@ int guest_ring_fetch(struct guest_ring *ring, const struct guest_memory *memory,
 	if (ring->packed)
 		return fetch_packed(ring, memory, request, why);
 	return fetch_split(ring, memory, request, why);
+}
+
+int guest_ring_refetch(const struct guest_ring *ring, const struct guest_memory *memory,
+		       struct request *request, const char **why)
+{
+	request->count = 0;
+	return ring->packed ? walk_packed(ring, memory, request, why)
+			    : walk_split(ring, memory, request, why);
 }
 
 void guest_ring_unfetch(struct guest_ring *ring, const struct request *request)
@@ -264,18 +289,13 @@ static void give_packed(struct guest_ring *ring, uint16_t id, uint16_t slots, ui
 	struct descriptor *at = &ring->descriptors[ring->used];
 	uint16_t flags = ring->used_wrap ? DESC_AVAIL | DESC_USED : 0;
 	uint64_t offset = 16 * (uint64_t)ring->used;
-	uint32_t place = ring->used + (uint32_t)slots;
 
 	if (length)
 		flags |= DESC_WRITE;
-	__atomic_store_n(&at->length, length, __ATOMIC_RELAXED);
+	store32(&at->length, length);
 	store16(&at->first, id);
 	store16_release(&at->second, flags);
-	if (place >= ring->size) {
-		place -= ring->size;
-		ring->used_wrap = !ring->used_wrap;
-	}
-	ring->used = (uint16_t)place;
+	guest_ring_advance(ring, &ring->used, &ring->used_wrap, slots);
 	/* A packed ring has no used ring: it is the descriptors that are written. */
 	log_write(ring, ring->descriptor_area, offset, 16);
 }

@@ -37,10 +37,31 @@ struct request {
 	uint16_t id;	    /* what the guest knows it by */
 	uint16_t slots;	    /* places that it takes in a packed ring */
 	uint32_t position;  /* of the ring when it was fetched, see guest_ring_position */
+	uint16_t entry;	    /* in the in-flight buffer */
 	uint32_t count;	    /* buffers */
 	uint32_t room;	    /* for buffers */
 	struct buffer *buffers;
+	struct descriptor *chain; /* packed: slots descriptors, as they stood in the ring */
 };
+
+/* Packed: whether a descriptor with these flags is available in the round of the wrap counter. */
+static inline bool guest_ring_available(uint16_t flags, bool wrap)
+{
+	return !!(flags & DESC_AVAIL) == wrap && !!(flags & DESC_USED) != wrap;
+}
+
+/* Packed: a place and its wrap counter, so many descriptors on. */
+static inline void guest_ring_advance(const struct guest_ring *ring, uint16_t *place, bool *wrap,
+				      uint32_t slots)
+{
+	uint32_t to = *place + slots;
+
+	if (to >= ring->size) {
+		to -= ring->size;
+		*wrap = !*wrap;
+	}
+	*place = (uint16_t)to;
+}
 
 bool guest_ring_map(struct guest_ring *ring, const struct guest_memory *memory);
 /* Whether the places that a base names are in the ring. */
@@ -53,6 +74,9 @@ uint32_t guest_ring_position(const struct guest_ring *ring);
 /* 1: fetched; 0: there is none. -1: the guest broke the rules, *why tells. */
 int guest_ring_fetch(struct guest_ring *ring, const struct guest_memory *memory,
 		     struct request *request, const char **why);
+/* The same for a request that was fetched before: id is given, or slots and chain in packed rings. */
+int guest_ring_refetch(const struct guest_ring *ring, const struct guest_memory *memory,
+		       struct request *request, const char **why);
 /* Back to before the request that was fetched last. */
 void guest_ring_unfetch(struct guest_ring *ring, const struct request *request);
 void guest_ring_give(struct guest_ring *ring, uint16_t id, uint16_t slots, uint32_t length);

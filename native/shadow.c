@@ -50,7 +50,9 @@ static void give_back(struct vb_shadow *shadow, uint16_t head)
 	const struct inflight *request = &shadow->device.requests[head];
 
 	log_request(shadow, head);
+	inflight_giving(&shadow->record, &shadow->guest, request->entry, request->slots);
 	guest_ring_give(&shadow->guest, request->id, request->slots, request->length);
+	inflight_given(&shadow->record, &shadow->guest, request->entry);
 	device_ring_remove(&shadow->device, head);
 	shadow->stats.requests++;
 }
@@ -93,28 +95,46 @@ static bool relay_used(struct vb_shadow *shadow)
 	return true;
 }
 
+/* What the one before us left comes first, and is noted already. */
+static int next_request(struct vb_shadow *shadow, bool *again, const char **why)
+{
+	struct request *request = &shadow->request;
+	int found = inflight_refetch(&shadow->record, &shadow->guest, &shadow->memory, request, why);
+
+	*again = found != 0;
+	return found ? found : guest_ring_fetch(&shadow->guest, &shadow->memory, request, why);
+}
+
 static int relay_one(struct vb_shadow *shadow, const char **why)
 {
 	struct request *request = &shadow->request;
-	int found = guest_ring_fetch(&shadow->guest, &shadow->memory, request, why);
 	struct inflight *inflight;
+	bool again;
+	int found = next_request(shadow, &again, why);
 	uint16_t head;
 
 	if (found <= 0)
 		return found;
 	head = device_ring_add(&shadow->device, request->buffers, request->count);
 	if (head == NO_SLOT) {
-		guest_ring_unfetch(&shadow->guest, request);
+		if (!again)
+			guest_ring_unfetch(&shadow->guest, request);
 		shadow->full = true;
 		if (shadow->device.inflight)
 			return 0;
 		*why = "a request is larger than the vring";
 		return -1;
 	}
+	if (again)
+		shadow->record.left_taken++;
+	else if (inflight_fetched(&shadow->record, request, why) < 0)
+		return -1;
 	inflight = &shadow->device.requests[head];
 	inflight->id = request->id;
 	inflight->slots = request->slots;
+	inflight->entry = request->entry;
 	inflight->position = request->position;
+	device_ring_show(&shadow->device, head);
 	return 1;
 }
 
@@ -182,9 +202,13 @@ static bool init(struct vb_shadow *shadow, const struct vb_region *regions, size
 	shadow->in_order = setup->features & FEATURE_IN_ORDER;
 	shadow->request.room = room;
 	shadow->request.buffers = calloc(room, sizeof(struct buffer));
+	shadow->request.chain = calloc(setup->size, sizeof(struct descriptor));
 	shadow->memory.regions = copy_regions(regions, count);
 	shadow->memory.count = count;
-	if (!shadow->request.buffers || !shadow->memory.regions ||
+	if (!inflight_init(&shadow->record, (void *)(uintptr_t)setup->inflight, setup->inflight_size,
+			   shadow->guest.packed))
+		return false;
+	if (!shadow->request.buffers || !shadow->request.chain || !shadow->memory.regions ||
 	    !guest_ring_map(&shadow->guest, &shadow->memory) ||
 	    !guest_ring_has(&shadow->guest, setup->base))
 		return false;
@@ -194,7 +218,11 @@ static bool init(struct vb_shadow *shadow, const struct vb_region *regions, size
 
 static bool begin(struct vb_shadow *shadow)
 {
+	const char *why;
+
 	guest_ring_start(&shadow->guest, shadow->setup.base);
+	if (inflight_begin(&shadow->record, &shadow->guest, &why) < 0)
+		break_vring(shadow, why);
 	return true;
 }
 
@@ -223,7 +251,9 @@ void vb_shadow_free(struct vb_shadow *shadow)
 	vb_shadow_stop(shadow);
 	thread_free(shadow);
 	device_ring_free(&shadow->device);
+	inflight_free(&shadow->record);
 	free(shadow->request.buffers);
+	free(shadow->request.chain);
 	free(shadow->memory.regions);
 	pthread_mutex_destroy(&shadow->lock);
 	free(shadow);
@@ -233,27 +263,53 @@ void vb_shadow_free(struct vb_shadow *shadow)
 int64_t vb_shadow_base(struct vb_shadow *shadow)
 {
 	const struct device_ring *ring = &shadow->device;
+	const struct inflight_buffer *record = &shadow->record;
+	bool waiting = record->left_taken < record->left_count;
 	uint32_t position = guest_ring_position(&shadow->guest);
 
+	if (waiting) {
+		if (record->overtaken)
+			return -EBUSY;
+		position = record->left[record->left_taken].position;
+	}
 	if (ring->oldest != NO_SLOT) {
 		const struct inflight *oldest = &ring->requests[ring->oldest];
 
-		if (ring->sequence - oldest->sequence != ring->inflight)
+		if (ring->sequence - oldest->sequence != ring->inflight ||
+		    (record->overtaken && oldest->sequence < record->left_count))
 			return -EBUSY;
 		position = oldest->position;
 	}
 	return guest_ring_base(&shadow->guest, position);
 }
 
-int64_t vb_shadow_inflight(struct vb_shadow *shadow, uint16_t *heads, size_t room)
+static bool unfetch(struct vb_shadow *shadow)
 {
 	const struct device_ring *ring = &shadow->device;
-	size_t count = 0;
+	struct inflight_buffer *record = &shadow->record;
 
-	for (uint16_t at = ring->oldest; at != NO_SLOT; at = ring->requests[at].newer)
-		if (count++ < room)
-			heads[count - 1] = ring->requests[at].id;
-	return (int64_t)count;
+	for (uint32_t i = record->left_count; i-- > record->left_taken;)
+		inflight_unfetched(record, record->left[i].entry, record->left[i].slots);
+	for (uint16_t at = ring->newest; at != NO_SLOT; at = ring->requests[at].older)
+		inflight_unfetched(record, ring->requests[at].entry, ring->requests[at].slots);
+	return false;
+}
+
+void vb_shadow_unfetch(struct vb_shadow *shadow)
+{
+	guarded(shadow, unfetch);
+}
+
+int64_t vb_shadow_position(struct vb_shadow *shadow)
+{
+	return guest_ring_base(&shadow->guest, guest_ring_position(&shadow->guest));
+}
+
+int64_t vb_shadow_inflight(struct vb_shadow *shadow)
+{
+	const struct inflight_buffer *record = &shadow->record;
+
+	return shadow->device.inflight + record->left_count - record->left_taken;
 }
 
 void vb_shadow_renew(struct vb_shadow *shadow, uint64_t iova, int broken)

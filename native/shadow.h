@@ -26,6 +26,8 @@ struct vb_shadow_setup {
 	uint64_t device_area;
 	uint64_t memory; /* vb_shadow_memory() zeroed bytes for the device's vring, mapped here */
 	uint64_t iova;	 /* and where the device sees them */
+	uint64_t inflight; /* its region of the front-end's in-flight buffer, mapped here; 0: none */
+	uint32_t inflight_size; /* entries of that, at least size */
 	uint32_t size;	 /* descriptors of the guest's vring */
 	uint32_t base;	 /* where it goes on, as vhost encodes it */
 	uint32_t slots;	 /* descriptors of the device's vring: a power of two, at least size */
@@ -44,7 +46,6 @@ struct vb_shadow_stats {
 	uint64_t kicks;	   /* sent to the device */
 	uint64_t calls;	   /* sent to the guest */
 	uint32_t inflight; /* with the device now */
-
 };
 
 /* Where the parts of the device's vring lie in its memory. */
@@ -59,8 +60,8 @@ struct vb_shadow;
 
 void vb_shadow_layout(uint32_t slots, uint32_t pool, struct vb_shadow_layout *layout);
 
-/* NULL: no memory, a vring that does not lie in the regions, or a base outside it. Not
- * thread-safe. */
+/* NULL: no memory, a vring that does not lie in the regions, or a base outside it. Broken already: an
+ * in-flight buffer that is none. Not thread-safe. */
 struct vb_shadow *vb_shadow_new(const struct vb_shadow_setup *setup, const struct vb_region *regions,
 				size_t count);
 void vb_shadow_free(struct vb_shadow *shadow);
@@ -76,8 +77,16 @@ int64_t vb_shadow_stop(struct vb_shadow *shadow);
 /* After stop: where another vring goes on, as vhost encodes it. -EBUSY: requests in flight were
  * overtaken by others, so that no position leaves out exactly the completed ones. */
 int64_t vb_shadow_base(struct vb_shadow *shadow);
-/* After stop: heads (packed: buffer ids) in flight, in the order fetched; returns how many. */
-int64_t vb_shadow_inflight(struct vb_shadow *shadow, uint16_t *heads, size_t room);
+/* After stop: let the in-flight buffer agree with that position; nothing is in flight any more. */
+void vb_shadow_unfetch(struct vb_shadow *shadow);
+/* After stop: where a vring goes on that finds what is in flight in the in-flight buffer. */
+int64_t vb_shadow_position(struct vb_shadow *shadow);
+/* After stop: how many requests are in flight. */
+int64_t vb_shadow_inflight(struct vb_shadow *shadow);
+/* Bytes of one vring's region of an in-flight buffer: a multiple of 64. */
+uint64_t vb_inflight_size(uint32_t size, int packed);
+/* For how many descriptors a region of so many bytes has room. */
+uint32_t vb_inflight_entries(uint64_t bytes, int packed);
 
 /* After stop, when the device is gone: another one begins at the start of its vring, which lies at
  * iova now, with all that is in flight, in the order fetched. broken: as in the setup. */

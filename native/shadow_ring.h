@@ -5,6 +5,7 @@
 #include "device_ring.h"
 #include "eventfd.h"
 #include "guest_ring.h"
+#include "inflight.h"
 #include "shadow.h"
 
 #include <pthread.h>
@@ -14,6 +15,7 @@ struct vb_shadow {
 	struct guest_memory memory;
 	struct guest_ring guest;
 	struct device_ring device;
+	struct inflight_buffer record;
 	struct request request;
 	struct vb_shadow_stats stats;
 	const char *broken;

@@ -60,7 +60,7 @@ bool guarded(struct vb_shadow *shadow, bool (*work)(struct vb_shadow *shadow))
 	if (sigsetjmp(place, 0) == 0)
 		more = work(shadow);
 	else
-		break_vring(shadow, "guest memory is gone");
+		break_vring(shadow, "memory that the front-end shares is gone");
 	memory_gone = NULL;
 	return more;
 }
@@ -170,11 +170,12 @@ int64_t vb_shadow_start(struct vb_shadow *shadow)
 	sigdelset(&all, SIGBUS);
 	make_interruptible(&all);
 	shadow->held = shadow->stop = false;
+	shadow->running = true;
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	result = pthread_create(&shadow->thread, NULL, run, shadow);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	if (result == 0)
-		shadow->running = true;
+	if (result)
+		shadow->running = false;
 	return -result;
 }
 

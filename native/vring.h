@@ -49,6 +49,20 @@ struct buffer {
 	uint16_t write;
 };
 
+#ifdef CRASH_POINTS
+/* Tests: this process may end before any store to shared memory. */
+void crash_point(void);
+#else
+static inline void crash_point(void)
+{
+}
+#endif
+
+static inline uint8_t load8(const void *at)
+{
+	return __atomic_load_n((const uint8_t *)at, __ATOMIC_RELAXED);
+}
+
 static inline uint16_t load16(const void *at)
 {
 	return __atomic_load_n((const uint16_t *)at, __ATOMIC_RELAXED);
@@ -59,14 +73,50 @@ static inline uint16_t load16_acquire(const void *at)
 	return __atomic_load_n((const uint16_t *)at, __ATOMIC_ACQUIRE);
 }
 
+static inline uint32_t load32(const void *at)
+{
+	return __atomic_load_n((const uint32_t *)at, __ATOMIC_RELAXED);
+}
+
+static inline uint64_t load64(const void *at)
+{
+	return __atomic_load_n((const uint64_t *)at, __ATOMIC_RELAXED);
+}
+
 static inline void store16(void *at, uint16_t value)
 {
+	crash_point();
 	__atomic_store_n((uint16_t *)at, value, __ATOMIC_RELAXED);
+}
+
+static inline void store32(void *at, uint32_t value)
+{
+	crash_point();
+	__atomic_store_n((uint32_t *)at, value, __ATOMIC_RELAXED);
+}
+
+static inline void store8_release(void *at, uint8_t value)
+{
+	crash_point();
+	__atomic_store_n((uint8_t *)at, value, __ATOMIC_RELEASE);
 }
 
 static inline void store16_release(void *at, uint16_t value)
 {
+	crash_point();
 	__atomic_store_n((uint16_t *)at, value, __ATOMIC_RELEASE);
+}
+
+static inline void store64(void *at, uint64_t value)
+{
+	crash_point();
+	__atomic_store_n((uint64_t *)at, value, __ATOMIC_RELAXED);
+}
+
+static inline void store64_release(void *at, uint64_t value)
+{
+	crash_point();
+	__atomic_store_n((uint64_t *)at, value, __ATOMIC_RELEASE);
 }
 
 static inline struct descriptor load_descriptor(const struct descriptor *at)
@@ -88,9 +138,8 @@ static inline uint64_t pack_words(uint32_t length, uint16_t first, uint16_t seco
 
 static inline void store_descriptor(struct descriptor *at, struct descriptor value)
 {
-	__atomic_store_n((uint64_t *)at, value.address, __ATOMIC_RELAXED);
-	__atomic_store_n((uint64_t *)at + 1,
-			 pack_words(value.length, value.first, value.second), __ATOMIC_RELAXED);
+	store64(at, value.address);
+	store64((uint64_t *)at + 1, pack_words(value.length, value.first, value.second));
 }
 
 static inline struct used_element load_used(const struct used_element *at)
@@ -103,8 +152,8 @@ static inline struct used_element load_used(const struct used_element *at)
 
 static inline void store_used(struct used_element *at, struct used_element value)
 {
-	__atomic_store_n(&at->id, value.id, __ATOMIC_RELAXED);
-	__atomic_store_n(&at->length, value.length, __ATOMIC_RELAXED);
+	store32(&at->id, value.id);
+	store32(&at->length, value.length);
 }
 
 /* A store before it is seen by the other side before a load behind it is done. */

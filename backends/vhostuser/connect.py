@@ -31,6 +31,7 @@ _WANTED = (
     | ProtocolFeature.STATUS
     | ProtocolFeature.DEVICE_STATE
     | ProtocolFeature.LOG_SHMFD
+    | ProtocolFeature.INFLIGHT_SHMFD
 )
 
 # The protocol counts a ring index in 8 bits.

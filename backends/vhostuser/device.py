@@ -12,7 +12,8 @@ import trio
 from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup, whole
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost, Unsupported
-from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
+from vhostbridge.backends.fds import OwnedFd, close_all, new_eventfd, signal_eventfds
+from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import Capabilities, State, Status, Verb, step
 from vhostbridge.backends.ring_memory import used_index
 from vhostbridge.backends.virtio import TransportFeature
@@ -23,6 +24,7 @@ from .messages import (
     LOG_USED,
     U64,
     Config,
+    Inflight,
     Log,
     ProtocolFeature,
     Request,
@@ -71,6 +73,9 @@ class VhostUserDevice(Device):
         self._config_changed = False
         self._logging = False
         self._used_logs: dict[int, int] = {}
+        # Where the back-end notes what is in flight: the front-end's buffer, or one for us alone.
+        self._inflight: InflightBuffer | None = None
+        self._own_inflight: InflightBuffer | None = None
         # The call eventfd of vrings that are stopping: nobody listens.
         self._deaf = new_eventfd()
         # How many bytes of configuration space are known to be there.
@@ -175,6 +180,7 @@ class VhostUserDevice(Device):
     async def _start(self, features: int, vrings: Sequence[VringSetup]) -> None:
         if not self._rings:
             await self._set_features(features)
+            await self._give_inflight(vrings)
             await self._add_status(Status.FEATURES_OK)
         for vring in vrings:
             await self._program(vring)
@@ -187,6 +193,21 @@ class VhostUserDevice(Device):
         word |= _LOG_BIT if self._logging else 0
         await self._client.request(Request.SET_FEATURES, U64(word))
         self.features = features
+
+    # libvhost-user starts no vring without a buffer where the feature was negotiated.
+    async def _give_inflight(self, vrings: Sequence[VringSetup]) -> None:
+        if not self._has(ProtocolFeature.INFLIGHT_SHMFD) or not vrings:
+            return
+        buffer = self._inflight
+        if buffer is None:
+            queues = max(self.info.queue_num, *(v.index + 1 for v in vrings))
+            packed = bool(self.features & TransportFeature.RING_PACKED.mask)
+            buffer = await self.make_inflight(queues, max(v.size for v in vrings), packed=packed)
+            if self._own_inflight is not None:
+                self._own_inflight.close()
+            self._own_inflight = buffer
+        place = Inflight(buffer.size, buffer.offset, buffer.queues, buffer.queue_size)
+        await self._client.request(Request.SET_INFLIGHT_FD, place, [buffer.fd])
 
     def _goes_on(self, vring: VringSetup) -> bool:
         running = self._rings.get(vring.index)
@@ -336,6 +357,27 @@ class VhostUserDevice(Device):
                 await self._client.request(Request.SET_VRING_ADDR, self._address(vring))
         await self._memory.barrier()
 
+    # Requests in flight
+
+    async def make_inflight(self, queues: int, queue_size: int, *, packed: bool) -> InflightBuffer:
+        if not self._has(ProtocolFeature.INFLIGHT_SHMFD):
+            return await super().make_inflight(queues, queue_size, packed=packed)
+        wanted = Inflight(0, 0, queues, queue_size)
+        place, fds = await self._client.exchange(Request.GET_INFLIGHT_FD, wanted, [])
+        assert isinstance(place, Inflight)
+        try:
+            if not fds:
+                raise PeerError(f"back-end {self.info.target} gave no in-flight buffer")
+            return InflightBuffer(fds[0], place.mmap_offset, place.mmap_size, queues, queue_size)
+        except PeerError:
+            close_all(fds)
+            raise
+
+    def use_inflight(self, buffer: InflightBuffer | None, *, leave: bool = False) -> None:
+        if not self._has(ProtocolFeature.INFLIGHT_SHMFD):
+            super().use_inflight(buffer)
+        self._inflight = buffer
+
     # State
 
     def _place(self, features: int, vrings: Sequence[VringSetup]) -> None:
@@ -406,3 +448,5 @@ class VhostUserDevice(Device):
         self.state = State.CLOSED
         self._client.close()
         self._deaf.close()
+        if self._own_inflight is not None:
+            self._own_inflight.close()

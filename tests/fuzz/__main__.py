@@ -26,7 +26,10 @@ FUZZERS = ("shadow", "session", *HARNESSES)
 #: Shares of the time; the others have one.
 SHARES = {"shadow": 4.0, "session": 4.0}
 
-_SOURCES = ("eventfd", "guest_ring", "device_ring", "shadow", "shadow_thread")
+_SOURCES = (
+    *("eventfd", "guest_ring", "device_ring", "inflight", "inflight_packed"),
+    *("shadow", "shadow_thread"),
+)
 _SANITIZE = ("-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 _WARN = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread")
 

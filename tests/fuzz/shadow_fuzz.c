@@ -19,6 +19,7 @@
 #define GUEST 0x40000000ull
 #define HALF 0x2000u /* bytes of each of the two regions, which touch */
 #define IOVA 0x200000000ull
+#define BUFFER_BYTES 2112u /* for in-flight buffers of 64 descriptors */
 #define LOG_BYTES 64u /* too few for all of guest memory */
 #define RING 0x800u  /* bytes from the start of guest memory that rings may lie in */
 
@@ -38,7 +39,7 @@ struct area {
 	bool cut;
 };
 
-static struct area halves[2], log_area;
+static struct area halves[2], log_area, buffer_area;
 static unsigned char before[2 * HALF];
 static unsigned char *device_memory;
 static const uint8_t *input;
@@ -205,8 +206,8 @@ static void set_memory(void)
 
 static void cut_file(void)
 {
-	struct area *areas[] = {&halves[0], &halves[1], &log_area};
-	struct area *area = areas[take(1) % 3];
+	struct area *areas[] = {&halves[0], &halves[1], &log_area, &buffer_area};
+	struct area *area = areas[take(1) % 4];
 
 	CHECK(ftruncate(area->fd, area->cut ? (area->size + 4095) / 4096 * 4096 : 0) == 0);
 	area->cut = !area->cut;
@@ -303,14 +304,19 @@ static void make_shadow(uint32_t base)
 /* It stops, tells where, and another one goes on there. */
 static void change_over(void)
 {
-	uint16_t heads[4];
+	const struct inflight_buffer *record = &shadow->record;
 	int64_t base;
 
 	vb_shadow_hold(shadow);
 	step();
 	base = vb_shadow_base(shadow);
 	CHECK(base == -EBUSY || base >= 0);
-	CHECK(vb_shadow_inflight(shadow, heads, 4) == (int64_t)shadow->device.inflight);
+	CHECK(vb_shadow_inflight(shadow) ==
+	      (int64_t)shadow->device.inflight + record->left_count - record->left_taken);
+	if (base < 0 || take(1) & 1)
+		base = setup.inflight ? vb_shadow_position(shadow) : base;
+	else
+		vb_shadow_unfetch(shadow);
 	vb_shadow_free(shadow);
 	make_shadow(base < 0 ? 0 : (uint32_t)base);
 }
@@ -329,12 +335,22 @@ static void set_log(void)
 	vb_shadow_set_used_log(shadow, kind & 2 ? guest_address() : UINT64_MAX);
 }
 
+/* The front-end keeps it, and has it mapped too. */
+static void buffer_writes(void)
+{
+	unsigned bytes = 1u << take(1) % 4, value = take(bytes);
+	unsigned at = take(2) % (unsigned)(vb_inflight_size(setup.inflight_size, packed()) - 8);
+
+	if (setup.inflight && !buffer_area.cut)
+		memcpy(buffer_area.at + at, &value, bytes > 4 ? 4 : bytes);
+}
+
 static void run(void)
 {
 	static void (*const things[])(void) = {
 		step, step, guest_submits, guest_submits, guest_writes, device_writes,
 		device_completes, device_completes, set_memory, cut_file, change_over,
-		another_device, set_log,
+		another_device, set_log, buffer_writes,
 	};
 
 	while (left && shadow) {
@@ -342,6 +358,7 @@ static void run(void)
 		if (shadow && vb_shadow_broken(shadow)) {
 			vb_shadow_free(shadow);
 			make_whole(&halves[0]);
+			make_whole(&buffer_area);
 			make_shadow(packed() ? 0x80008000 : 0);
 		}
 	}
@@ -351,11 +368,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	uint64_t driver;
 	uint32_t base;
+	unsigned kind;
 
 	if (!halves[0].at) {
 		halves[0] = make_area(HALF);
 		halves[1] = make_area(HALF);
 		log_area = make_area(LOG_BYTES);
+		buffer_area = make_area(BUFFER_BYTES);
 	}
 	input = data;
 	left = size;
@@ -381,7 +400,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	}
 	make_whole(&log_area);
 	base = take(4);
-	make_shadow(take(1) & 1 ? base : packed() ? 0x80008000 : 0);
+	kind = take(1);
+	setup.inflight_size = setup.size;
+	setup.inflight = kind & 2 ? (uintptr_t)buffer_area.at : 0;
+	make_whole(&buffer_area);
+	memset(buffer_area.at, 0, BUFFER_BYTES);
+	make_shadow(kind & 1 ? base : packed() ? 0x80008000 : 0);
 	run();
 	vb_shadow_free(shadow);
 	free(device_memory);

@@ -18,7 +18,8 @@ from tests.peers.storage import StorageDaemon, make_image
 
 MIB = 1 << 20
 MEMORY = 160
-ROUNDS = 20 if os.environ.get("VHOST_BRIDGE_SOAK") else 2
+SOAK = bool(os.environ.get("VHOST_BRIDGE_SOAK"))
+ROUNDS = 20 if SOAK else 2
 # Writes new data, reads it back and compares. Then it reads it into the page cache: the device
 # writes to memory that stays, and has to be the same when it is read again, from the cache and then
 # from the disk.
@@ -58,8 +59,13 @@ class Host:
 
 @pytest.fixture
 def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Host, Host]]:
-    """Two sides on one image, whose device logs by itself, or shadow vrings do, or nobody."""
-    options = [] if request.param == "auto" else ["--dirty-log", request.param]
+    """Two sides on one image, whose device logs by itself, or shadow vrings do, or nobody.
+
+    Or shadow vrings are always there, and QEMU keeps what is in flight.
+    """
+    options = {"auto": [], "always": ["--shadow", "--dirty-log", "shadow"]}.get(
+        request.param, ["--dirty-log", request.param]
+    )
     image = make_image(tmp_path / "image")
     with ExitStack() as stack:
         yield (
@@ -88,7 +94,7 @@ def move(stack: ExitStack, source: Guest, to: Host, socket: Path) -> tuple[Guest
 
 
 BOTH = pytest.mark.parametrize("hosts", ["auto", "shadow"], indirect=True)
-ALL = pytest.mark.parametrize("hosts", ["auto", "shadow", "all"], indirect=True)
+ALL = pytest.mark.parametrize("hosts", ["auto", "shadow", "all", *["always"] * SOAK], indirect=True)
 
 
 @ALL

@@ -118,8 +118,7 @@ def test_save_whose_daemon_is_killed_leaves_no_file(tmp_path: Path) -> None:
     assert save.returncode == 3, text
     assert b"closed the connection before it answered" in text
     assert list(kept.iterdir()) == []
-    with pytest.raises(AssertionError, match="ended with -9"):
-        running.__exit__(None, None, None)
+    running.__exit__(None, None, None)
 
 
 def test_save_whose_back_end_is_killed_leaves_no_file(tmp_path: Path) -> None:
@@ -180,5 +179,4 @@ def test_load_whose_daemon_is_killed_leaves_nothing_loaded(tmp_path: Path) -> No
         assert second.command("load", state).returncode == 0
         server.wait_for_output(f"loaded {size}\n")
         assert second.status().state == "suspended"
-    with pytest.raises(AssertionError, match="ended with -9"):
-        running.__exit__(None, None, None)
+    running.__exit__(None, None, None)

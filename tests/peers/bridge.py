@@ -24,7 +24,8 @@ NEVER_IN_A_LOG = re.compile(r"Traceback|\w*Warning:|Exception ignored|Fatal Pyth
 
 
 class Bridge(Process):
-    """A running bridge; on entry it is waited for, on exit it is stopped and its log looked at.
+    """A running bridge; on entry it is waited for, on exit it is stopped and its log looked at,
+    unless it was killed.
 
     `arguments` are those of `serve`. Exactly one of `listen`, `connect` and `fd` goes in too.
     Its control socket is at `control`, or in a folder of its own: the usual one is shared by tests.
@@ -57,6 +58,7 @@ class Bridge(Process):
             env=ENVIRONMENT,
         )
         self.bridge_name = name
+        self._killed = False
         self._listen = listen
 
     def __enter__(self) -> Self:
@@ -74,11 +76,15 @@ class Bridge(Process):
         trace: TracebackType | None,
     ) -> None:
         try:
-            if error is None:
+            if error is None and not self._killed:
                 self.stop()
         finally:
             super().__exit__(kind, error, trace)
             shutil.rmtree(self._folder)
+
+    def kill(self) -> None:
+        self._killed = True
+        super().kill()
 
     def operate(self, method: str) -> str:
         """Ask for Suspend, Resume or Reset as the command line does; the state afterwards.

@@ -160,10 +160,17 @@ class Guest(Process):
 
 
 def vhost_user_blk(
-    socket: Path, *, queues: int = 1, server: bool = False, more: str = ""
+    socket: Path,
+    *,
+    queues: int = 1,
+    server: bool = False,
+    reconnect: bool = False,
+    more: str = "",
 ) -> list[str]:
-    """QEMU's arguments for one vhost-user-blk device; with `server` QEMU is who listens."""
+    """QEMU's arguments for one vhost-user-blk device; with `server` QEMU is who listens, with
+    `reconnect` it connects again."""
     listening = ",server=on,wait=on" if server else ""
+    listening += ",reconnect-ms=100" if reconnect else ""
     device = f"vhost-user-blk-pci,id=blk,chardev=blk,num-queues={queues}{more}"
     return ["-chardev", f"socket,id=blk,path={socket}{listening}", "-device", device]
 

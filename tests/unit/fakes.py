@@ -57,7 +57,7 @@ class FakeDevice(Device):
     def __init__(self, info: DeviceInfo | None = None, *, whole: bool = True) -> None:
         super().__init__()
         self.info = info or device_info()
-        self.capabilities = CAPABILITIES
+        self.capabilities = replace(CAPABILITIES, inflight=Ability(How.NO, "a fake"))
         self.whole = whole
         self.calls: list[tuple[object, ...]] = []
         self.logging: tuple[int | None, dict[int, int]] = (None, {})

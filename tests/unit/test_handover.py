@@ -156,6 +156,7 @@ FACTS: dict[str, Any] = {
     "reverse": None,
     "state": None,
     "log": None,
+    "inflight": None,
     "regions": [],
     "vrings": [],
 }
@@ -232,6 +233,8 @@ def test_facts_that_are_none_are_refused(facts: object, why: str) -> None:
         ({"regions": [{**REGION, "fd": 0}]}, "descriptor 0 is missing"),
         ({"log": [1, 2]}, "no size, offset and descriptor"),
         ({"log": [4096, 4096, 1]}, "in a file of 4096"),
+        ({"inflight": [4096, 0, 1, 64]}, "no place, vrings and descriptor"),
+        ({"inflight": [4097, 0, 1, 64, 1]}, "in a file of 4096"),
         ({"reverse": 1}, "."),
         ({"features": 1 << 60}, "was not offering"),
         ({"protocol": 1 << 7}, "does not go with"),

@@ -43,7 +43,7 @@ def test_guest_memory_that_goes_away_stops_the_vring_only() -> None:
     assert select.select([broken.fileno()], [], [], 10)[0]
     rings.stop()
     ((_, reason),) = rings.broken_vrings()
-    assert reason == "guest memory is gone"
+    assert reason == "memory that the front-end shares is gone"
     rings.close()
     memory.close()
     for fd in (broken, kick, region.fd):

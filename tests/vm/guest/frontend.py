@@ -6,6 +6,7 @@ import contextlib
 import socket
 import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +20,7 @@ LOG_ALL = 1 << 26
 
 MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG = 1 << 0, 1 << 1, 1 << 3, 1 << 5, 1 << 9
 RESET_DEVICE, MEM_SLOTS, STATUS = 1 << 13, 1 << 15, 1 << 16
+INFLIGHT_SHMFD, GET_VRING_BASE_INFLIGHT = 1 << 12, 1 << 20
 ALL = MQ | REPLY_ACK | BACKEND_REQ | CONFIG | RESET_DEVICE | MEM_SLOTS | STATUS
 
 # fmt: off
@@ -28,7 +30,8 @@ REQUESTS = {
     "SET_VRING_ADDR": 9, "SET_VRING_BASE": 10, "GET_VRING_BASE": 11, "SET_VRING_KICK": 12,
     "SET_VRING_CALL": 13, "SET_VRING_ERR": 14, "GET_PROTOCOL_FEATURES": 15,
     "SET_PROTOCOL_FEATURES": 16, "GET_QUEUE_NUM": 17, "SET_VRING_ENABLE": 18,
-    "SET_BACKEND_REQ_FD": 21, "GET_CONFIG": 24, "SET_CONFIG": 25, "RESET_DEVICE": 34,
+    "SET_BACKEND_REQ_FD": 21, "GET_CONFIG": 24, "SET_CONFIG": 25, "GET_INFLIGHT_FD": 31,
+    "SET_INFLIGHT_FD": 32, "RESET_DEVICE": 34,
     "GET_MAX_MEM_SLOTS": 36, "ADD_MEM_REG": 37,
     "REM_MEM_REG": 38, "SET_STATUS": 39, "GET_STATUS": 40,
 }
@@ -41,6 +44,21 @@ class Refused(Exception):
 
 class HungUp(Exception):
     """The back-end closed the connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class InflightBuffer:
+    """Where a back-end notes what is in flight; `size` bytes at `offset` of `fd`."""
+
+    fd: int
+    size: int
+    offset: int
+    queues: int
+    queue_size: int
+
+    def packed(self) -> bytes:
+        """As SET_INFLIGHT_FD has it."""
+        return struct.pack("=QQHH4x", self.size, self.offset, self.queues, self.queue_size)
 
 
 class Frontend:
@@ -156,6 +174,19 @@ class Frontend:
     def log_used(self, index: int, ring: Ring) -> None:
         """SET_VRING_ADDR again, with the used ring logged where it is."""
         self.tell("SET_VRING_ADDR", _addresses(index, ring, logged=True))
+
+    def get_inflight(self, queues: int, queue_size: int) -> InflightBuffer:
+        """GET_INFLIGHT_FD: a new buffer, which is ours to keep."""
+        self.send("GET_INFLIGHT_FD", struct.pack("=QQHH4x", 0, 0, queues, queue_size))
+        header, fds, _, _ = socket.recv_fds(self.sock, 12, 2)
+        assert struct.unpack("=III", header) == (REQUESTS["GET_INFLIGHT_FD"], 5, 24)
+        size, offset, *numbers = struct.unpack("=QQHH4x", self._exactly(24, "GET_INFLIGHT_FD"))
+        assert (numbers, len(fds)) == ([queues, queue_size], 1)
+        return InflightBuffer(fds[0], size, offset, queues, queue_size)
+
+    def set_inflight(self, buffer: InflightBuffer) -> None:
+        """SET_INFLIGHT_FD."""
+        self.tell("SET_INFLIGHT_FD", buffer.packed(), [buffer.fd])
 
     def add_region(self, memory: Memory) -> None:
         region = struct.pack("=QQQQQ", 0, memory.guest, memory.size, memory.user, 0)

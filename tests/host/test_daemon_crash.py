@@ -1,0 +1,106 @@
+"""The daemon is killed under a verified load; front-ends that come again lose nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.peers.bridge import Bridge
+from tests.peers.guest import Guest, vhost_user_blk
+from tests.peers.process import eventually, peer
+from tests.peers.storage import StorageDaemon, make_image
+from tests.vm.guest.keeper import Keeper
+
+ROUNDS = 200 if os.environ.get("VHOST_BRIDGE_SOAK") else 20
+SECTOR = 512
+WRITE = re.compile(r" Write id=\d+ offset=0x([0-9a-f]+) count=0x200 ")
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> Iterator[tuple[StorageDaemon, Path]]:
+    """A vhost-user-blk back-end whose disk writes down every write, and where."""
+    socket, log = tmp_path / "nbd.sock", tmp_path / "nbd.log"
+    with peer(
+        ["nbdkit", "-f", "-U", str(socket), "--filter=log", "memory", "1G", f"logfile={log}"]
+    ):
+        eventually(socket.exists, "nbdkit listens")
+        layer = f"driver=nbd,node-name=top,server.type=unix,server.path={socket}"
+        image = make_image(tmp_path / "unused")
+        with StorageDaemon(image, tmp_path / "disk.sock", layers=[layer]) as disk:
+            yield disk, log
+
+
+@pytest.mark.soak
+def test_daemon_killed_at_any_moment_loses_no_write_and_repeats_none_that_was_done(
+    counted: tuple[StorageDaemon, Path], tmp_path: Path
+) -> None:
+    """Each write has a sector of its own, so the disk's log says how often it was done."""
+    disk, log = counted
+    chance, keeper = random.Random(20261125), Keeper(1 << 21)
+    for _ in range(ROUNDS):
+        with shadowed(disk, tmp_path) as bridge:
+            keeper.connect(str(bridge.listen))
+            keeper.work(chance.uniform(0, 0.06))
+            bridge.kill()
+            keeper.lose()
+    with shadowed(disk, tmp_path) as bridge:
+        keeper.connect(str(bridge.listen))
+        keeper.finish()
+        keeper.close()
+    writes = Counter(int(at, 16) // SECTOR for at in WRITE.findall(log.read_text()))
+    assert set(writes) == keeper.done
+    doubts = Counter(number for flying in keeper.in_doubt for number in flying)
+    repeated = {number for number, times in writes.items() if times > 1}
+    assert repeated <= set(doubts)
+    assert all(writes[number] <= 1 + doubts[number] for number in repeated)
+    assert sum(map(bool, keeper.in_doubt)) > ROUNDS / 4
+    print(f"{keeper.sent} writes, {len(doubts)} in flight at a kill, {len(repeated)} done again")
+
+
+def test_guest_whose_daemon_is_killed_sees_a_pause_only(
+    disk: StorageDaemon, tmp_path: Path
+) -> None:
+    """QEMU keeps what is in flight, and connects again. The guest verifies what it writes; then it
+    is stopped and continued, and reset."""
+    with ExitStack() as stack:
+        bridge = stack.enter_context(shadowed(disk, tmp_path))
+        guest = stack.enter_context(Guest(vhost_user_blk(bridge.listen, queues=2, reconnect=True)))
+        guest.begin("for i in $(seq 24); do rw /dev/vda 1 $((i % 8 + 8)) || exit 1; done")
+        for _ in range(3):
+            wait_for_writes(disk.image)
+            bridge.kill()
+            bridge = stack.enter_context(shadowed(disk, tmp_path))
+            bridge.wait_for_output("running vrings")
+        guest.qmp.execute("stop")
+        time.sleep(0.1)
+        guest.qmp.execute("cont")
+        digests = guest.end().split()
+        assert digests[16:] == [digest_of(disk.image, 1, (i % 8) + 8) for i in range(17, 25)]
+        guest.qmp.execute("system_reset")
+        guest.wait_ready()
+        assert guest.read_write(2, 0) == digest_of(disk.image, 2, 0)
+
+
+def shadowed(disk: StorageDaemon, folder: Path) -> Bridge:
+    """A bridge that knows what is in flight."""
+    return Bridge(f"vhost-user:{disk.socket}", listen=folder / "vm.sock", arguments=["--shadow"])
+
+
+def wait_for_writes(image: Path) -> None:
+    before = image.stat().st_mtime_ns
+    eventually(lambda: image.stat().st_mtime_ns != before, "the guest writes")
+
+
+def digest_of(image: Path, mib: int, skip: int) -> str:
+    with image.open("rb") as file:
+        file.seek(skip << 20)
+        return hashlib.sha256(file.read(mib << 20)).hexdigest()
