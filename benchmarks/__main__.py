@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from . import host, migration, model, shadow, svq, vm
+from . import host, migration, model, shadow, svq, trace, vm
 
 PARTS = {
     "host": host.measure,
@@ -12,6 +12,7 @@ PARTS = {
     "model": model.measure,
     "shadow": shadow.measure,
     "svq": svq.measure,
+    "trace": trace.measure,
     "vm": vm.measure,
 }
 

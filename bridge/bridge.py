@@ -86,7 +86,7 @@ class Bridge:
         self._accepting = trio.CancelScope()
         self.name = config.name
         self.trace = trace
-        self.journal = Journal(config.name, events)
+        self.journal = Journal(config.name, events, trace=trace)
         self._opened: Opened | None = None
         self._session: Session | None = None
         self._front_end: int | None = None

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from vhostbridge.backends.lifecycle import State
+from vhostbridge.backends.trace import OFF, Tracer
 
 from .events import Event, Events, Kind
 from .pauses import Pauses, Reason
@@ -19,6 +20,13 @@ from .traffic import Traffic
 
 #: What a pause is for that begins in one of these operations, where nothing else is known.
 _REASONS = {"log_writes": Reason.MIGRATION, "set_memory": Reason.MEMORY}
+
+
+# The others are in the log, or told by the device itself.
+_TRACED = {
+    *(Kind.PAUSE, Kind.SHADOW_ON, Kind.SHADOW_OFF, Kind.DIRTY_LOG_ON, Kind.DIRTY_LOG_OFF),
+    *(Kind.VRING_BROKEN, Kind.SAVED),
+}
 
 
 class Watched(Protocol):
@@ -50,6 +58,7 @@ class Journal:
         name: str = "",
         events: Events | None = None,
         clock: Callable[[], float] = time.monotonic,
+        trace: Tracer = OFF,
     ) -> None:
         self.name = name
         self.pauses = Pauses(clock)
@@ -61,6 +70,7 @@ class Journal:
         #: When its front-end came.
         self.front_end_since: float | None = None
         self._events = events or Events()
+        self._trace = trace
         self._clock = clock
         self._device: Watched | None = None
         self._told = (State.CLOSED, "", "")
@@ -75,6 +85,8 @@ class Journal:
         """Something happened, now."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self._events.tell(Event(self.name, kind, text, details))
+        if kind in _TRACED:
+            self._trace.event(kind.value, text=text, **details)
 
     @contextmanager
     def because(self, reason: Reason) -> Iterator[None]:

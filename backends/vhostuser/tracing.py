@@ -5,9 +5,9 @@ Configuration space is the exception: it is the device's description of itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from enum import IntEnum
 from itertools import groupby
 
 from vhostbridge.backends.lifecycle import Status
@@ -39,6 +39,10 @@ from .messages import (
 from .specs import BACKEND_SPECS, Spec
 
 Fields = dict[str, object]
+# Numbers: flags are slow to combine.
+_REPLY, _NEED_REPLY = int(Flags.REPLY), int(Flags.NEED_REPLY)
+_FRONTEND_NAMES = {int(request): request.name for request in Request}
+_BACKEND_NAMES = {int(request): request.name for request in BackendRequest}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +57,8 @@ class Lane:
     replies: bool
 
     def name(self, request: int) -> str:
-        names: type[IntEnum] = BackendRequest if self.specs is BACKEND_SPECS else Request
-        return names(request).name if request in self.specs else f"request {request}"
+        names = _BACKEND_NAMES if self.specs is BACKEND_SPECS else _FRONTEND_NAMES
+        return names.get(request) or f"request {request}"
 
 
 def received(
@@ -72,7 +76,7 @@ def sent(device_id: int | None, lane: Lane, data: bytes, fds: int) -> Iterator[R
     """
     for wire, same in groupby(_split(data)):
         request, flags, _ = HEADER.unpack_from(wire)
-        reply, need_reply = bool(flags & Flags.REPLY), bool(flags & Flags.NEED_REPLY)
+        reply, need_reply = bool(flags & _REPLY), bool(flags & _NEED_REPLY)
         body = wire[HEADER.size :]
         spec = lane.specs.get(request)
         kind = Raw if spec is None else (spec.reply or U64) if reply else spec.payload
@@ -84,10 +88,12 @@ def sent(device_id: int | None, lane: Lane, data: bytes, fds: int) -> Iterator[R
 
 
 def _split(data: bytes) -> Iterator[bytes]:
-    while data:
-        size = HEADER.size + HEADER.unpack_from(data)[2]
+    size = HEADER.size + HEADER.unpack_from(data)[2]
+    while size < len(data):
         yield data[:size]
         data = data[size:]
+        size = HEADER.size + HEADER.unpack_from(data)[2]
+    yield data
 
 
 def _message(
@@ -208,9 +214,15 @@ def _number(device_id: int | None, lane: Lane, request: int, value: int) -> Fiel
     if name.endswith("_PROTOCOL_FEATURES"):
         return {"features": hex(value), "names": bit_names(ProtocolFeature, value)}
     if name.endswith("_FEATURES"):
-        return {"features": hex(value), "names": feature_names(value, device_id)}
+        return {"features": hex(value), "names": list(_feature_names(value, device_id))}
     if name.endswith("_STATUS"):
         return {"status": hex(value), "names": bit_names(Status, value)}
     if name in ("SEND_RARP", "SET_DEVICE_STATE_FD", "CLOSE_CRYPTO_SESSION"):
         return {"value": hex(value)}
     return {"value": value}
+
+
+# Few words come often.
+@functools.lru_cache(64)
+def _feature_names(value: int, device_id: int | None) -> tuple[str, ...]:
+    return tuple(feature_names(value, device_id))

@@ -22,6 +22,10 @@ VERSION = 1
 LONGEST = 1 << 20
 
 
+# Made once: what json.dumps would make for each record.
+_ENCODER = json.JSONEncoder(separators=(",", ":"), default=str)
+
+
 def header(continued: bool) -> bytes:
     """The first record of a file: what wrote it, where, and when it began."""
     record = {
@@ -37,7 +41,7 @@ def header(continued: bool) -> bytes:
 
 def line(record: Mapping[str, object]) -> bytes:
     """One record, with the end of its line."""
-    return json.dumps(record, separators=(",", ":"), default=str).encode("ascii") + b"\n"
+    return _ENCODER.encode(record).encode("ascii") + b"\n"
 
 
 def lines(item: Item) -> Iterator[bytes]:

@@ -12,6 +12,7 @@ import os
 import queue
 import stat
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,9 @@ from . import format as trace_format
 
 # How many records may wait; what comes when the disk is that far behind is only counted.
 WAITING = 100_000
+# How long the thread lets records gather, in seconds, so that it does not run against the event
+# loop for each one.
+GATHER = 0.005
 # How many become one write.
 BATCH = 256
 
@@ -90,6 +94,8 @@ class TraceFile:
     # What waits, at least one; after None comes nothing.
     def _take(self) -> list[Item | None]:
         batch = [self._queue.get()]
+        if batch[0] is not None:
+            time.sleep(GATHER)
         with suppress(queue.Empty):
             while batch[-1] is not None and len(batch) < BATCH:
                 batch.append(self._queue.get_nowait())

@@ -100,6 +100,7 @@ def test_trace_is_what_went_over_every_wire(disk: StorageDaemon, tmp_path: Path)
     assert [s for s in states if s in ("running", "suspended")] == [
         *("running", "suspended", "running", "suspended")
     ]
+    assert any(e.name == "pause" and e.fields and e.fields["reason"] == "operator" for e in found)
     assert all(e.bridge == "inner" for e in found if e.kind == "message")
 
 
@@ -127,6 +128,7 @@ def test_trace_of_a_killed_daemon_is_whole_and_tells_nothing_of_the_guest(
         bridge.kill()
         found = entries(path)
         assert str((found[-1].fields or {})["text"]).endswith("left")
+        assert "shadow-on" in [e.name for e in found]
         assert {"SET_OWNER", "SET_VRING_KICK"} <= {e.name for e in found if e.sender == "front-end"}
         raw, image = path.read_bytes(), disk.image.read_bytes()
         for offset in (0, 4096 * 7 + 100, SIZE - 16):
