@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
 import tempfile
 import time
@@ -51,7 +52,7 @@ def ratios(found: dict[Bridge, list[float]], bench: Bench) -> tuple[str, str]:
 
 
 def operations(bench: Bench) -> list[tuple[str, ...]]:
-    """Suspend and resume of a device that runs: 16 messages each time."""
+    """Suspend and resume of a device that runs, whose front-end is quiet."""
     rate: dict[Bridge, list[float]] = {bridge: [] for bridge in bench.bridges}
     used: dict[Bridge, list[float]] = {bridge: [] for bridge in bench.bridges}
     with ExitStack() as stack:
@@ -61,6 +62,8 @@ def operations(bench: Bench) -> list[tuple[str, ...]]:
             )
             load.wait_for_output(blkio.RUNNING)
             bridge.wait_for_output("running vrings")
+            # With requests in flight libvhost-user may break when it is stopped.
+            load.signal(signal.SIGSTOP)
             stack.callback(load.kill)
         for number in range(ROUNDS):
             for bridge in bench.in_turn(number):

@@ -28,6 +28,8 @@ WAITING = 100_000
 # How long the thread lets records gather, in seconds, so that it does not run against the event
 # loop for each one.
 GATHER = 0.005
+# After so many it lets the event loop have the interpreter, unless more than so many wait.
+PIECE, BUSY = 4, 1000
 # How many become one write.
 BATCH = 256
 
@@ -102,7 +104,11 @@ class TraceFile:
         return batch
 
     def _append(self, batch: list[Item]) -> None:
-        lines = [line for item in batch for line in trace_format.lines(item)]
+        lines: list[bytes] = []
+        for number, item in enumerate(batch, 1):
+            lines += trace_format.lines(item)
+            if number % PIECE == 0 and self._queue.qsize() < BUSY:
+                time.sleep(0.0002)
         if self._dropped:
             with self._counting:
                 count, self._dropped = self._dropped, 0
