@@ -85,7 +85,10 @@ def check_trace_has_every_call_that_strace_saw() -> None:
         strace = ["strace", "-D", "-f", "--seccomp-bpf", "-X", "raw", "-xx", "-s", "80"]
         strace += ["-P", node, "-e", "trace=ioctl,write,openat,close", "-e", "signal=none"]
         with serving(
-            ("it", "vdpa:blk0"), prefix=[*strace, "-o", str(log)], more=["--trace", str(path)]
+            ("it", "vdpa:blk0"),
+            prefix=[*strace, "-o", str(log)],
+            more=["--trace", str(path)],
+            patience=60,  # a process of its own, and watched
         ) as bridge:
             libblkio.run(USER, bridge.socket, "write-read", size=4 * MIB, depth=8, seed=3)
             libblkio.run(USER, bridge.socket, "fill", size=4 * MIB, depth=8, seed=4)

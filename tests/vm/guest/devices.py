@@ -170,12 +170,15 @@ def _become_bridge(log: int, arguments: Sequence[str], prefix: Sequence[str]) ->
 
 @contextlib.contextmanager
 def serving(
-    *bridges: tuple[str, str], prefix: Sequence[str] = (), more: Sequence[str] = ()
+    *bridges: tuple[str, str],
+    prefix: Sequence[str] = (),
+    more: Sequence[str] = (),
+    patience: float = 20.0,
 ) -> Iterator[BridgeProcess]:
     """A daemon that serves `(name, back-end)` pairs on /tmp/NAME.sock; must end with status 0.
 
     One pair goes by options, several by a configuration file. `prefix` is as for spawn(), `more`
-    are further options for one pair.
+    are further options for one pair. Within `patience` seconds it must be up.
     """
     sockets = [f"/tmp/{name}.sock" for name, _ in bridges]
     if len(bridges) == 1:
@@ -191,7 +194,7 @@ def serving(
         file.write_text("".join(tables))
         daemon = spawn(["serve", "--config", str(file)], sockets[0], prefix=prefix)
     try:
-        daemon.wait_for(f"serving {len(bridges)} bridge")
+        daemon.wait_for(f"serving {len(bridges)} bridge", patience)
         yield daemon
     except BaseException:
         daemon.stop()
