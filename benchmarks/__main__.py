@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from . import host, migration, model, shadow, svq, trace, vm
+from . import host, hostile, migration, model, shadow, svq, trace, vm
 
 PARTS = {
     "host": host.measure,
+    "hostile": hostile.measure,
     "migration": migration.measure,
     "model": model.measure,
     "shadow": shadow.measure,

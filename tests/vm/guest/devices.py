@@ -173,7 +173,7 @@ def serving(
     *bridges: tuple[str, str],
     prefix: Sequence[str] = (),
     more: Sequence[str] = (),
-    patience: float = 60,
+    patience: float = 60.0,
 ) -> Iterator[BridgeProcess]:
     """A daemon that serves `(name, back-end)` pairs on /tmp/NAME.sock; must end with status 0.
 
