@@ -104,11 +104,13 @@ class DaemonConfig:
 
     Attributes:
         control: its control socket, ``None`` for none.
+        metrics: where Prometheus finds its metrics, ``None`` for nowhere.
         trace: the file that all is traced to, and how many bytes it grows to.
     """
 
     bridges: list[BridgeConfig]
     control: Path | None = None
+    metrics: str | None = None
     trace: Path | None = None
     trace_limit: int = TRACE_LIMIT
 
@@ -149,6 +151,23 @@ def parse_mac(text: str) -> bytes:
     raise ConfigError(
         f"{text!r} is no MAC address of a device", "six bytes, such as 52:54:00:12:34:56"
     )
+
+
+def parse_address(text: str) -> str | tuple[str, int]:
+    """Where metrics are served: the path of a socket, or a host and a port.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text.startswith("/"):
+        return text
+    host, colon, port = text.rpartition(":")
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"{text!r} is no address for metrics", "127.0.0.1:9273, [::1]:9273 or /run/metrics.sock"
+        )
+    return host, int(port)
 
 
 def parse_tracking(text: str) -> Tracking:
@@ -198,8 +217,8 @@ def parse_command(command: str | Sequence[object]) -> tuple[str, ...]:
 
 
 def load_config(path: Path) -> DaemonConfig:
-    """Read a file of ``[[bridge]]`` tables, ``control`` (a path or false for no socket), and
-    ``trace`` with its ``trace-size`` in MiB.
+    """Read a file of ``[[bridge]]`` tables, ``control`` (a path or false for no socket),
+    ``metrics`` (an address), and ``trace`` with its ``trace-size`` in MiB.
 
     Raises:
         ConfigError: it can't be read, is no TOML, or a bridge in it is wrong.
@@ -213,9 +232,14 @@ def load_config(path: Path) -> DaemonConfig:
         raise ConfigError(f"{path}: {error}") from None
     tables = document.pop("bridge", None)
     control = document.pop("control", True)
+    metrics = document.pop("metrics", None)
     trace, trace_limit = _trace(path, document)
     if document or not isinstance(tables, list) or not tables:
-        raise ConfigError(f"{path}: expected [[bridge]] tables, control, trace and trace-size only")
+        raise ConfigError(
+            f"{path}: expected [[bridge]] tables, control, metrics, trace and trace-size only"
+        )
+    if metrics is not None:
+        _check_metrics(path, metrics)
     if not (isinstance(control, bool) or (isinstance(control, str) and control)):
         raise ConfigError(f"{path}: control must be a path, or false for no control socket")
     bridges = [_bridge(_Place(path, text, n), table) for n, table in enumerate(tables, 1)]
@@ -227,7 +251,18 @@ def load_config(path: Path) -> DaemonConfig:
     place = Path(control) if isinstance(control, str) else None
     if control is True:
         place = usual_control(path.stem)
-    return DaemonConfig(bridges=bridges, control=place, trace=trace, trace_limit=trace_limit)
+    return DaemonConfig(
+        bridges=bridges, control=place, metrics=metrics, trace=trace, trace_limit=trace_limit
+    )
+
+
+def _check_metrics(path: Path, metrics: object) -> None:
+    if not isinstance(metrics, str):
+        raise ConfigError(f"{path}: metrics must be an address, such as 127.0.0.1:9273")
+    try:
+        parse_address(metrics)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", error.hint) from None
 
 
 def _trace(path: Path, document: dict[str, object]) -> tuple[Path | None, int]:

@@ -27,6 +27,7 @@ from .endpoint import listen_at
 from .events import Events
 from .following import follow
 from .keeping import Keeper
+from .metrics import Metrics
 from .status import BridgeStatus, SwitchReport, to_wire
 from .varlink import (
     Answering,
@@ -43,6 +44,9 @@ from .varlink_server import Server
 _log = logging.getLogger("vhostbridge.control")
 
 INTERFACE = "io.vhostbridge.Control"
+
+#: Characters of a long text in one reply.
+_PIECE = 1 << 17
 
 T = TypeVar("T")
 
@@ -86,6 +90,7 @@ class Control:
     def __init__(self, bridges: Mapping[str, Controlled], events: Events | None = None) -> None:
         self._bridges = bridges
         self._events = events or Events()
+        self._metrics = Metrics(bridges)
 
     def interface(self) -> Interface:
         """The interface with its definition."""
@@ -98,6 +103,7 @@ class Control:
                 "List": Method({}, self._list),
                 "Status": Method({"name": Parameter(str, optional=True)}, self._status),
                 "Monitor": Method({"names": Parameter(list, optional=True)}, self._monitor),
+                "Metrics": Method({}, self._tell_metrics),
                 "Suspend": Method({"name": name}, self._operation(lambda one: one.suspend)),
                 "Resume": Method({"name": name}, self._operation(lambda one: one.resume)),
                 "Reset": Method({"name": name}, self._operation(lambda one: one.reset)),
@@ -150,6 +156,14 @@ class Control:
         assert isinstance(names, list)
         chosen = [self._named(name) for name in names or sorted(self._bridges)]
         return await _refusing(follow(self._events, chosen, names, answering.tell))
+
+    async def _tell_metrics(self, answering: Answering) -> Values:
+        text = await _refusing(self._metrics.text())
+        if not answering.call.more:
+            return {"text": text}
+        for start in range(0, len(text), _PIECE):
+            await answering.tell({"text": text[start : start + _PIECE]})
+        return {"text": ""}
 
     def _operation(
         self, choose: Callable[[Controlled], Callable[[], Awaitable[None]]]

@@ -85,6 +85,16 @@ class ControlClient:
             more = reply.continues
         return found
 
+    def metrics(self) -> str:
+        """All metrics in Prometheus' text format."""
+        self.start("Metrics")
+        text, more = "", True
+        while more:
+            reply = self.take()
+            text += str(reply.parameters["text"])
+            more = reply.continues
+        return text
+
     # Several replies to one call
 
     def fileno(self) -> int:

@@ -17,7 +17,9 @@ from .bridge import Bridge
 from .config import BridgeConfig, DaemonConfig
 from .events import Event, Events, Kind
 from .keeping import Keeper
+from .metrics import Metrics
 from .notify import Notifier
+from .scrape import serve_metrics
 from .trace.tracing import Tracing
 
 _log = logging.getLogger("vhostbridge.daemon")
@@ -64,6 +66,8 @@ async def serve(config: DaemonConfig, again: Callable[[], DaemonConfig] | None =
                     await nursery.start(
                         serve_control, config.control, daemon.bridges, keeper, daemon.events
                     )
+                if config.metrics is not None:
+                    await nursery.start(serve_metrics, config.metrics, Metrics(daemon.bridges))
                 keeper.drop_unused()
                 nursery.start_soon(notifier.keep_alive)
                 _log.info(daemon.told)
@@ -178,6 +182,8 @@ class _Daemon:
         new = [one for one in config.bridges if one.name in gone or one.name not in self._running]
         if config.control != self._config.control:
             _log.warning("SIGHUP: another control socket needs a restart")
+        if config.metrics != self._config.metrics:
+            _log.warning("SIGHUP: another address of metrics needs a restart")
         self._tracing.become(config.trace, config.trace_limit)
         for name in gone:
             await self._stop(name)

@@ -1,4 +1,4 @@
-"""``monitor``: what happens to bridges, as it happens."""
+"""``monitor`` and ``metrics``: what happens to bridges, and what has been counted."""
 
 from __future__ import annotations
 
@@ -119,4 +119,26 @@ def event_line(event: Event) -> str:
     return f"{when} {event.bridge or '-'} {event.kind}{f': {event.text}' if event.text else ''}"
 
 
-COMMANDS = (monitor,)
+@click.command()
+@control_option
+@debug_option
+def metrics(control: Path | None) -> None:
+    """Print the metrics of all bridges in Prometheus' text format.
+
+    "serve --metrics" lets Prometheus fetch the same. Of several daemons what is a daemon's own
+    (process_...) is left out; --control asks one.
+
+    \b
+    Examples:
+      vhost-bridge metrics
+      vhost-bridge metrics > /var/lib/node_exporter/vhost-bridge.prom.new &&
+        mv /var/lib/node_exporter/vhost-bridge.prom.new /var/lib/node_exporter/vhost-bridge.prom
+    """
+    from vhostbridge.bridge.control_client import every_daemon
+    from vhostbridge.bridge.metrics import merged
+
+    texts = [daemon.metrics() for daemon in every_daemon(control)]
+    click.echo(texts[0] if len(texts) == 1 else merged(texts), nl=False)
+
+
+COMMANDS = (monitor, metrics)

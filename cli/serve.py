@@ -108,6 +108,11 @@ if TYPE_CHECKING:
 )
 @click.option("--no-control", is_flag=True, help="No such socket.")
 @click.option(
+    "--metrics",
+    metavar="ADDRESS",
+    help="Serve Prometheus metrics here: 127.0.0.1:9273, [::1]:9273, or the path of a socket.",
+)
+@click.option(
     "--trace",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
@@ -140,6 +145,7 @@ def serve(
     config_file: Path | None,
     control: Path | None,
     no_control: bool,
+    metrics: str | None,
     trace: Path | None,
     trace_size: int | None,
 ) -> None:
@@ -173,7 +179,7 @@ def serve(
       vhost-bridge serve --config /etc/vhost-bridge.toml --trace /var/tmp/vhost-bridge.trace
 
     \b
-    The same in a file (control = "PATH" or false, and trace = "PATH", may stand before):
+    The same in a file (before it control = "PATH" or false, metrics = "ADDRESS", trace = "PATH"):
       [[bridge]]
       name = "vm1"
       listen = "/run/vm1.sock"
@@ -205,10 +211,15 @@ def serve(
             "--control and --no-control exclude each other", "without both the usual one is made"
         )
 
+    from vhostbridge.bridge.config import parse_address
+
     def configure() -> DaemonConfig:
         found = _daemon_config(single, config_file)
         if control is not None or no_control:
             found = replace(found, control=control)
+        if metrics is not None:
+            parse_address(metrics)
+            found = replace(found, metrics=metrics)
         if trace is not None:
             found = replace(found, trace=trace)
         return found if trace_size is None else replace(found, trace_limit=trace_size << 20)
