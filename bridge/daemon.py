@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -28,8 +28,19 @@ _log = logging.getLogger("vhostbridge.daemon")
 PARTING = 45.0
 
 
-def raise_memlock() -> None:
-    """Lift RLIMIT_MEMLOCK as far as we may: hardware pins all guest memory, root's too."""
+# Bridges that are started at a time. One whose device is slow keeps the others waiting only when
+# there are as many of its kind.
+STARTING = 32
+
+
+def raise_limits() -> None:
+    """Lift limits as far as we may.
+
+    RLIMIT_MEMLOCK, because hardware pins all guest memory, root's too; RLIMIT_NOFILE, because a
+    bridge in use has some ten descriptors and a few for each vring.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     unlimited = resource.RLIM_INFINITY
     _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     for limit in ((unlimited, unlimited), (hard, hard)):
@@ -46,7 +57,7 @@ async def serve(config: DaemonConfig, again: Callable[[], DaemonConfig] | None =
     Raises:
         BridgeError: a bridge could not start; the others are stopped again.
     """
-    raise_memlock()
+    raise_limits()
     notifier = Notifier()
     keeper = Keeper(notifier)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -58,8 +69,7 @@ async def serve(config: DaemonConfig, again: Callable[[], DaemonConfig] | None =
             async with trio.open_nursery() as running:
                 daemon = _Daemon(config, running, notifier, keeper, tracing)
                 nursery.start_soon(daemon.obey, signals, again, nursery.cancel_scope)
-                for one in config.bridges:
-                    await daemon.start(one)
+                await daemon.start_all(config.bridges)
                 if config.control is not None:
                     from .control import serve_control
 
@@ -105,6 +115,18 @@ class _Daemon:
     def told(self) -> str:
         count = len(self.bridges)
         return f"serving {count} bridge{'' if count == 1 else 's'}"
+
+    async def start_all(self, configs: Iterable[BridgeConfig]) -> None:
+        """Start bridges side by side; when one can't, the others are given up."""
+        places = trio.CapacityLimiter(STARTING)
+
+        async def start(config: BridgeConfig) -> None:
+            async with places:
+                await self.start(config)
+
+        async with trio.open_nursery() as nursery:
+            for one in configs:
+                nursery.start_soon(start, one)
 
     async def start(self, config: BridgeConfig) -> None:
         trace = self._tracing.tracer(config.name)

@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 from vhostbridge.backends.errors import TargetError
-from vhostbridge.backends.holders import unix_listener
+from vhostbridge.backends.holders import listening_at, unix_listener
 
 #: Why nobody can be accepted for the moment.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -96,9 +96,9 @@ def _clear_path(path: str) -> None:
 
 def unlisten(sock: trio.socket.SocketType, path: str) -> None:
     """Close a listening socket and remove its path, if it is still its own."""
-    ours = unix_listener(Path(path))
+    ours = listening_at(Path(path)) == {os.fstat(sock.fileno()).st_ino}
     sock.close()
-    if ours is not None and ours.pid in (0, os.getpid()):
+    if ours:
         Path(path).unlink(missing_ok=True)
 
 

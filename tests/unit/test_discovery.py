@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vhostbridge.backends.errors import TargetError, Unsupported
+from vhostbridge.backends.holders import listening_at
 from vhostbridge.backends.vdpa.discovery import (
     BusDevice,
     Holder,
@@ -30,6 +31,7 @@ from vhostbridge.backends.vdpa.inventory import (
     management_report,
 )
 from vhostbridge.backends.vdpa.netlink import MgmtDevice, VdpaDeviceConfig, VdpaDeviceInfo
+from vhostbridge.backends.vhostuser.sockets import listen, unlisten
 
 # /dev/null and /dev/zero stand for character devices: making new ones would need privilege.
 NULL = (1, 3)
@@ -407,3 +409,28 @@ def test_a_management_report_names_features_by_its_only_type() -> None:
         "supported_classes": ["net", "block"],
         "dev_features": ["bit_22"],
     }
+
+
+def test_path_that_was_taken_from_a_socket_has_two(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    assert listening_at(path) == set()
+    with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
+        first.bind(str(path))
+        assert listening_at(path) == set()
+        first.listen()
+        assert listening_at(path) == {os.fstat(first.fileno()).st_ino}
+        path.unlink()
+        second.bind(str(path))
+        second.listen()
+        assert listening_at(path) == {os.fstat(one.fileno()).st_ino for one in (first, second)}
+
+
+async def test_path_is_removed_by_whom_it_still_belongs_to(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    first = listen(str(path))
+    path.unlink()
+    second = listen(str(path))
+    unlisten(first, str(path))
+    assert path.is_socket()
+    unlisten(second, str(path))
+    assert not path.exists()
