@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vhostbridge.backends.errors import ConfigError
 from vhostbridge.backends.virtio import device_id_of, feature_names
 
+from .rates import Rates
 from .render import table
 from .saved import position_text
 from .status import BridgeStatus, VringStatus, pause_report, tally_report
@@ -19,11 +20,15 @@ if TYPE_CHECKING:
     from vhostbridge.backends.vdpa.inventory import Report
 
 
-def status_report(status: BridgeStatus) -> Report:
+def status_report(status: BridgeStatus, rates: Rates) -> Report:
     """A bridge, for JSON; masks are hexadecimal strings."""
     report = asdict(status)
     report["features"] = {"mask": hex(status.features), "names": _features(status)}
-    report["vrings"] = [asdict(vring) for vring in status.vrings]
+    report["vrings"] = [
+        {**asdict(vring), "rate": asdict(rate) if rate is not None else None}
+        for vring in status.vrings
+        for rate in [rates.get((status.name, vring.index))]
+    ]
     report["pauses"] = {reason: tally_report(tally) for reason, tally in status.pauses.items()}
     report["paused"] = pause_report(status.paused)
     return report
@@ -41,23 +46,53 @@ def _features(status: BridgeStatus) -> list[str]:
     return feature_names(status.features, device_id)
 
 
-def status_text(statuses: Sequence[BridgeStatus]) -> Iterator[str]:
+def status_text(statuses: Sequence[BridgeStatus], rates: Rates) -> Iterator[str]:
     """The lines of ``vhost-bridge status``."""
     for number, status in enumerate(statuses):
         if number:
             yield ""
-        yield from _bridge(status)
+        yield from _bridge(status, rates)
 
 
-def _bridge(status: BridgeStatus) -> Iterator[str]:
+def _bridge(status: BridgeStatus, rates: Rates) -> Iterator[str]:
     yield f"{status.name}: {_state(status)}"
     for key, value in (*_parts(status), *_going_on(status), *_past(status)):
         yield f"  {key.ljust(10)} {value}"
-    head = ("VRING", "SIZE", "STATE", "BASE", "AVAILABLE", "USED")
-    yield from table(head, map(_vring, status.vrings), indent="  ")
+    yield from _table(status, rates)
     for vring in status.vrings:
         if vring.problem:
             yield f"  vring {vring.index}: {vring.problem}"
+
+
+# Columns of what is known of no vring are left out.
+def _table(status: BridgeStatus, rates: Rates) -> Iterator[str]:
+    head = ["VRING", "SIZE", "STATE", "BASE", "AVAILABLE", "USED", "IN FLIGHT"]
+    rows = [[*_vring(vring)] for vring in status.vrings]
+    found = [rates.get((status.name, vring.index)) for vring in status.vrings]
+    for title, name, text in (
+        ("REQUESTS/S", "requests", _per_second),
+        ("BYTES/S", "bytes", _bytes_per_second),
+        ("KICKS/S", "kicks", _per_second),
+        ("CALLS/S", "calls", _per_second),
+    ):
+        values = [None if rate is None else getattr(rate, name) for rate in found]
+        if any(value is not None for value in values):
+            head.append(title)
+            for row, value in zip(rows, values, strict=True):
+                row.append("-" if value is None else text(value))
+    yield from table(head, rows, indent="  ")
+
+
+def _per_second(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 or value == 0 else f"{value:.1f}"
+
+
+def _bytes_per_second(value: float) -> str:
+    for unit in ("", "Ki", "Mi"):
+        if value < 1024:
+            return f"{value:.0f} {unit}".rstrip() if not unit else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} Gi"
 
 
 def _parts(status: BridgeStatus) -> Iterator[tuple[str, str]]:
@@ -129,5 +164,8 @@ def _vring(vring: VringStatus) -> Sequence[str]:
         str(vring.size),
         f"{state}, packed" if vring.packed else state,
         "-" if vring.base is None else position_text(vring.base, vring.packed),
-        *("-" if one is None else str(one) for one in (vring.available, vring.used)),
+        *(
+            "-" if one is None else str(one)
+            for one in (vring.available, vring.used, vring.in_flight)
+        ),
     )

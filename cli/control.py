@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -40,45 +41,86 @@ def _name_argument(function: F) -> F:
 
 @click.command()
 @click.argument("name", metavar="[NAME]", required=False, shell_complete=complete_bridge)
+@click.option(
+    "--watch",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0.1),
+    is_flag=False,
+    flag_value=2.0,
+    help="Show it again and again, every 2 seconds if not told otherwise, until interrupted.",
+)
 @control_option
 @json_option
 @debug_option
-def status(name: str | None, control: Path | None, as_json: bool) -> None:
-    """Show bridges: their device, its state, and where each vring stands.
+def status(name: str | None, watch: float | None, control: Path | None, as_json: bool) -> None:
+    """Show bridges: their device, its state, pauses so far, and where each vring stands.
 
     Without NAME all bridges of all daemons that this user may control are shown.
 
     BASE is the device's position while it is suspended, AVAILABLE and USED are the indices in
-    the guest's memory. A vring where they disagree has a line that says so.
+    the guest's memory. A vring where they disagree has a line that says so. Rates are those of the
+    last moment; with --watch, those since the last time. Only where requests pass through shadow
+    vrings are bytes, kicks and calls known.
 
     \b
     Examples:
       vhost-bridge status
       vhost-bridge status vm1
+      vhost-bridge status --watch 1 vm1
       vhost-bridge status -j vm1 | jq '.bridges[0].state'
     """
-    from vhostbridge.bridge.control_client import daemon_of, every_daemon
-    from vhostbridge.bridge.status_text import status_report, status_text
-
-    found: list[BridgeStatus] = []
-    problems: list[BridgeError] = []
-    if name is not None:
-        with daemon_of(name, control) as daemon:
-            found = daemon.status(name)
-    else:
-        for daemon in every_daemon(control):
-            try:
-                found += daemon.status()
-            except BridgeError as error:  # the others have something to say
-                problems.append(error)
-    if as_json:
-        print_json({"bridges": [status_report(one) for one in found]})
-    else:
-        print_lines(status_text(found))
-    for problem in problems:
-        complain(problem.message, problem.hint)
+    problems, before = _show_status(name, control, as_json, ())
+    while watch is not None:
+        sleep(watch)
+        problems, before = _show_status(name, control, as_json, before, clear=True)
     if problems:
         sys.exit(REFUSED)
+
+
+def _show_status(
+    name: str | None,
+    control: Path | None,
+    as_json: bool,
+    before: Sequence[BridgeStatus],
+    *,
+    clear: bool = False,
+) -> tuple[Sequence[BridgeError], Sequence[BridgeStatus]]:
+    from vhostbridge.bridge.rates import SAMPLE, rates
+    from vhostbridge.bridge.status_text import status_report, status_text
+
+    problems: list[BridgeError] = []
+    first = found = _statuses(name, control, problems)
+    if any(vring.running for one in first for vring in one.vrings):
+        sleep(SAMPLE)
+        problems = []
+        found = _statuses(name, control, problems)
+    rate = rates(first, found, before)
+    if as_json:
+        print_json({"bridges": [status_report(one, rate) for one in found]})
+    else:
+        if clear and sys.stdout.isatty():
+            click.clear()
+        print_lines(status_text(found, rate))
+    for problem in problems:
+        complain(problem.message, problem.hint)
+    return problems, found
+
+
+def _statuses(
+    name: str | None, control: Path | None, problems: list[BridgeError]
+) -> list[BridgeStatus]:
+    from vhostbridge.bridge.control_client import daemon_of, every_daemon
+
+    if name is not None:
+        with daemon_of(name, control) as daemon:
+            return daemon.status(name)
+    found: list[BridgeStatus] = []
+    for daemon in every_daemon(control):
+        try:
+            found += daemon.status()
+        except BridgeError as error:  # the others have something to say
+            problems.append(error)
+    return found
 
 
 @click.command()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,3 +116,38 @@ def test_script_waits_for_a_state(bridge: Bridge) -> None:
         assert done.stdout.splitlines()[-1].endswith(" b state: running")
         client.kill()
     bridge.command("monitor", "--until", "reset", "--timeout", "30")
+
+
+def test_rates_and_metrics_are_those_of_the_load(disk: StorageDaemon, tmp_path: Path) -> None:
+    """Of a bridge that goes straight and one in shadow vrings, beside what the client counted."""
+    for number, arguments in enumerate(([], ["--shadow"])):
+        with (
+            Bridge(
+                f"vhost-user:{disk.socket}",
+                listen=tmp_path / f"vm{number}",
+                arguments=[*arguments, "--metrics", tmp_path / "metrics"],
+            ) as bridge,
+            blkio.start(bridge.listen, "randread", seconds=2, depth=1) as client,
+        ):
+            eventually(lambda one=bridge: one.status().state == "running", "it runs")  # type: ignore[misc]
+            (vring, *_) = json.loads(bridge.command("status", "-j").stdout)["bridges"][0]["vrings"]
+            result = blkio.finish(client)
+            assert result["iops"] / 5 < vring["rate"]["requests"] < result["iops"] * 5
+            assert (vring["rate"]["bytes"] is not None) == bool(arguments)
+            scraped = scrape(tmp_path / "metrics")
+            assert 'vhost_bridge_frontend_connections_total{bridge="b"} 1\n' in scraped
+            found = re.search(r'vring_requests_total{bridge="b",vring="0"} (\d+)', scraped)
+            assert (found is not None) == bool(arguments)
+            if found is not None:
+                assert int(found[1]) >= result["reads"]
+
+
+def scrape(path: Path) -> str:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(20)
+        sock.connect(str(path))
+        sock.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        answer = b""
+        while data := sock.recv(65536):
+            answer += data
+    return answer.decode()

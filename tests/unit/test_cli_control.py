@@ -91,8 +91,8 @@ def test_status_shows_a_bridge_and_where_its_vrings_disagree(run: Run, bridge: F
         "  front-end  /run/vm1.sock, pid 4711",
         "  features   0x100000200 FLUSH VERSION_1",
         "  can't      dirty log",
-        "  VRING  SIZE  STATE    BASE  AVAILABLE  USED",
-        "  0      256   stopped  9     12         7",
+        "  VRING  SIZE  STATE    BASE  AVAILABLE  USED  IN FLIGHT",
+        "  0      256   stopped  9     12         7     -",
         "  vring 0: used index 7 is not the device's base 9",
     ]
 
