@@ -36,6 +36,8 @@ class DeviceInfo:
         config_size: bytes of configuration space; 0 where there is none or it can't be read.
         iova_first, iova_last: usable IOVAs, both inclusive.
         region_max: how many memory regions it takes.
+        takes_control: whether a network device can be told again what its driver said through the
+            control vring.
     """
 
     target: str
@@ -48,6 +50,7 @@ class DeviceInfo:
     iova_first: int
     iova_last: int
     region_max: int
+    takes_control: bool = False
     forwards_mtu: bool = False
     forwards_rarp: bool = False
 
@@ -301,6 +304,7 @@ class Device(ABC):
                 )
                 for _, v in sorted(self.vrings.items())
             ),
+            control=self.control_state(),
             internal_owner=self.internal_owner,
         )
 
@@ -322,21 +326,7 @@ class Device(ABC):
         after = step(self.state, Verb.LOAD)
         self._place(
             state.features,
-            [
-                VringSetup(
-                    index=v.index,
-                    size=v.size,
-                    descriptor_area=v.descriptor_area,
-                    driver_area=v.driver_area,
-                    device_area=v.device_area,
-                    base=v.base,
-                    kick=None,
-                    call=None,
-                    err=None,
-                    enabled=v.enabled,
-                )
-                for v in state.vrings
-            ],
+            [vring.setup() for vring in state.vrings],
         )
         self.state = after
 
@@ -376,6 +366,19 @@ class Device(ABC):
         """
         if log is not None:
             raise Unsupported(f"{self.info.target} does not log what it writes")
+
+    @property
+    def control_vring(self) -> int | None:
+        """The guest's control vring, if the bridge answers it: in order, one request at a time."""
+        return None
+
+    def control_state(self) -> dict[str, object] | None:
+        """What the driver told the device through it, for a state; ``None`` if nothing is known."""
+        return None
+
+    def new_driver(self) -> None:
+        """Another driver begins: what the one before told the device is void."""
+        return  # nothing is remembered
 
     def control_report(self) -> dict[str, str]:
         """Of a network device: the ``driver`` of its control vring and what it was told; or

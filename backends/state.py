@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vhostbridge import __version__
 
@@ -24,6 +24,9 @@ from .state_fields import (
 )
 from .state_items import MAX_CHUNK, NULL, Items, chunk_data, chunk_head, decode, encode, invalid
 from .virtio_features import TransportFeature
+
+if TYPE_CHECKING:
+    from .device import VringSetup
 
 __all__ = [
     "FORMAT_VERSION",
@@ -64,6 +67,13 @@ class VringState:
     driver_area: int
     device_area: int
 
+    def setup(self) -> VringSetup:
+        """The vring for a device, without eventfds: those are the front-end's."""
+        from .device import VringSetup
+
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return VringSetup(**values, kick=None, call=None, err=None)
+
 
 @dataclass(frozen=True, slots=True)
 class InflightVring:
@@ -88,8 +98,8 @@ class DeviceState:
         config: configuration space; empty where there is none to read.
         vrings: those that were set up, by index; split or packed as ``features`` say.
         inflight: vrings with requests in flight, by index.
-        control: reserved for what a virtio-net device was told through its control vring. Made of
-            dict with text keys, list, str, bytes, int, bool and None.
+        control: what a virtio-net device was told through its control vring, see
+            ``bridge.control_state``; ``None`` if nothing.
         internal_owner: whose internal state follows; ``None`` if there is none.
         producer: who wrote the stream.
         version: format of the stream it was read from; what is written is ``FORMAT_VERSION``.

@@ -104,6 +104,7 @@ def compatibility(
         *_features(state, info),
         *_vrings(state, info, capabilities),
         *_config(state, info, config or b""),
+        *_control(state, info),
         *_internal(state, internal_owner),
     ]
 
@@ -181,9 +182,20 @@ def _config(state: DeviceState, info: DeviceInfo, config: bytes) -> Iterator[str
     before = decode_config(device_id, state.config, state.features)
     now = decode_config(device_id, config, state.features)
     for name, rule in CONFIG_RULES.get(device_id, {}).items():
-        if name in before:
+        if name in before and not (name == "mac" and _sets_mac(state, info)):
             rule = _placing_control_vring(state, device_id, name) or rule
             yield from _difference(name, before[name], now.get(name), rule)
+
+
+def _control(state: DeviceState, info: DeviceInfo) -> Iterator[str]:
+    if state.control and not info.takes_control:
+        yield "the device can't be told what the state's driver said through its control vring"
+
+
+# It is told: see ``DeviceInfo.takes_control``.
+def _sets_mac(state: DeviceState, info: DeviceInfo) -> bool:
+    wanted = NetFeature.CTRL_VQ.mask | NetFeature.CTRL_MAC_ADDR.mask
+    return info.takes_control and state.features & wanted == wanted
 
 
 def _placing_control_vring(state: DeviceState, device_id: int, name: str) -> _Rule | None:

@@ -1,28 +1,34 @@
-"""A network device whose control vring the bridge drives, because its front-end can't.
+"""A network device whose control vring the bridge drives.
 
-A front-end of vhost-user keeps the control vring that its guest sees to itself (QEMU, DPDK,
+A front-end of vhost-user mostly keeps the control vring that its guest sees to itself (QEMU, DPDK,
 cloud-hypervisor): the device hears nothing of queue pairs, addresses and receive modes. So the
-bridge negotiates a control vring of its own, and tells the device what it has to know.
+bridge negotiates a control vring of its own, and tells the device what it has to know. One that
+passes the control vring through has each command relayed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
 import trio
 
 from vhostbridge.backends.device import Device, MemoryRegion, VringSetup, whole
 from vhostbridge.backends.errors import BridgeError, TransportLost, Unsupported
+from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state import DeviceState
 from vhostbridge.backends.vdpa.device import VdpaDevice
-from vhostbridge.backends.virtio import DeviceId, NetFeature
+from vhostbridge.backends.virtio import DeviceId, NetFeature, net_control_vring
 
 from .command_ring import SIZE, CommandRing
 from .control_commands import OK, PROMISC, command_name, set_mac, set_pairs, set_rx_mode
+from .control_relay import ControlRelay
+from .control_state import ControlState
 from .window import CEILING, free_window
 from .wrapped import WrappedDevice
 
@@ -32,6 +38,7 @@ _CTRL_VQ = NetFeature.CTRL_VQ.mask
 _MQ = NetFeature.MQ.mask
 _RX = NetFeature.CTRL_RX.mask
 _MAC = NetFeature.CTRL_MAC_ADDR.mask
+_SETS_MAC = _CTRL_VQ | _MAC | NetFeature.MAC.mask
 # Of no use to a driver without configuration space: the device would wait for an answer.
 _NOT_FOR_DEVICE = NetFeature.GUEST_ANNOUNCE.mask
 
@@ -42,21 +49,28 @@ def pairs_of(vrings: Sequence[VringSetup]) -> int:
 
 
 class ControlledDevice(WrappedDevice):
-    """A vDPA network device, and its control vring where the front-end does not have it.
+    """A vDPA network device whose control vring the bridge drives.
 
     To its user it is the device itself, with what was negotiated with the front-end.
     """
 
     _inner: VdpaDevice
 
-    def __init__(self, inner: VdpaDevice, mac: bytes | None = None) -> None:
+    def __init__(self, inner: VdpaDevice, nursery: trio.Nursery, mac: bytes | None = None) -> None:
         super().__init__(inner)
-        # One is for the control vring, where it can't be apart from guest memory.
-        self.info = replace(inner.info, region_max=max(1, inner.info.region_max - 1))
+        # One region is for the control vring, where it can't be apart from guest memory.
+        regions = max(1, inner.info.region_max - 1)
+        self.info = replace(inner.info, region_max=regions, takes_control=True)
+        self._nursery = nursery
         self._mac = mac
         self._memory: Sequence[MemoryRegion] = ()
         self._features = 0
+        # One for what the bridge says of its own, one for what it passes on; made when wanted.
+        self._rings: dict[bool, CommandRing] = {}
+        self._stale: list[CommandRing] = []
+        # The one that the device has, or had until it was reset.
         self._ring: CommandRing | None = None
+        self._relay = ControlRelay(inner.info.target, self.fail)
         # The queue pairs that the device was told to use.
         self._pairs = 1
         self._thread = trio.CapacityLimiter(1)
@@ -68,6 +82,17 @@ class ControlledDevice(WrappedDevice):
     @features.setter
     def features(self, value: int) -> None:
         self._features = value
+
+    @property
+    def vrings(self) -> Mapping[int, VringSetup]:
+        control = self._relay.vring
+        if control is None:
+            return self._inner.vrings
+        return MappingProxyType({**self._inner.vrings, control.index: control})
+
+    @property
+    def control_vring(self) -> int | None:
+        return None if self._relay.vring is None else self._relay.vring.index
 
     async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
         own = None if self._ring is None or self._ring.isolated else self._ring.region
@@ -83,8 +108,20 @@ class ControlledDevice(WrappedDevice):
                 f"guest memory can't reach to {own.guest_address:#x}, where the control vring of "
                 f"{self.info.target} lies"
             )
-        await self._inner.set_memory(regions)
-        self._memory = regions
+        async with self._relay_stopped():
+            await self._inner.set_memory(regions)
+            self._memory = regions
+
+    # The guest's control vring stands still for the block, and goes on if the device runs then.
+    @asynccontextmanager
+    async def _relay_stopped(self) -> AsyncIterator[None]:
+        with trio.CancelScope(shield=True):
+            await self._relay.stop()
+            try:
+                yield
+            finally:
+                if self.state is State.RUNNING and self._ring is not None:
+                    await self._relay.start(self._nursery, self._ring, self._features, self._memory)
 
     # What the device negotiates when the front-end negotiated ``features``; the same if it can, or
     # has to, do without a control vring of ours.
@@ -101,19 +138,40 @@ class ControlledDevice(WrappedDevice):
 
     @whole
     async def run(self, features: int, vrings: Sequence[VringSetup]) -> None:
+        index = net_control_vring(features, self.info.queue_num)
+        async with self._relay_stopped():
+            control = next((self._based(v) for v in vrings if v.index == index), None)
+            await self._run(features, [v for v in vrings if v.index != index])
+            self._relay.vring = control
+
+    def _based(self, vring: VringSetup) -> VringSetup:
+        known = self._relay.vring
+        if vring.base is not None:
+            return vring
+        if known is None or known.base is None:
+            raise BridgeError(f"vring {vring.index} has no base to go on from")
+        return replace(vring, base=known.base)
+
+    async def _run(self, features: int, vrings: Sequence[VringSetup]) -> None:
         negotiated = self._negotiated(features, vrings)
-        drives = bool(negotiated & _CTRL_VQ and not features & _CTRL_VQ)
-        ran, before = self.state is State.RUNNING, list(self.vrings.values())
-        self._inner.control = self._own_ring() if drives else None
+        ran, before = self.state is State.RUNNING, list(self._inner.vrings.values())
+        relays = bool(features & _CTRL_VQ)
+        ring = self._own_ring(relays) if negotiated & _CTRL_VQ else None
+        self._inner.control = ring
         await self._inner.run(negotiated, vrings)
-        self._features = features
-        if not drives:
+        self._features, self._ring = features, ring
+        self._close_stale()
+        if ring is None or relays:
             return
         try:
             await self._follow_pairs(pairs_of(vrings))
         except Unsupported as error:
             await self._go_back(ran, before, error)
             raise
+
+    def _close_stale(self) -> None:
+        while self._stale:
+            self._stale.pop().close()
 
     # To the vrings that a device had which was resumed with others.
     async def _go_back(self, ran: bool, vrings: Sequence[VringSetup], error: BridgeError) -> None:
@@ -125,18 +183,24 @@ class ControlledDevice(WrappedDevice):
         except BridgeError as second:
             self.fail(f"{error}; going back failed too: {second}")
 
-    # Whether the device was started with a control vring of ours.
+    # Whether the device was started with a control vring that the front-end knows nothing of.
     @property
     def _drives(self) -> bool:
         return bool(self._inner.features & _CTRL_VQ and not self._features & _CTRL_VQ)
 
-    def _own_ring(self) -> CommandRing:
-        info = self.info
-        if self._ring is None:
-            self._ring = CommandRing(info, self._window(), self._introduce)
+    def _own_ring(self, relays: bool) -> CommandRing:
+        ring = self._rings.get(relays)
+        if ring is None:
+            say = self._introduce_guest if relays else self._introduce
+            ring = self._rings[relays] = CommandRing(self.info, self._window(), say)
         elif self.state is State.RESET:
-            self._ring.move(self._window())
-        return self._ring
+            ring.move(self._window())
+        return ring
+
+    def _introduce_guest(
+        self, ring: CommandRing, features: int, vrings: Sequence[VringSetup]
+    ) -> None:
+        self._relay.introduce(ring, features)
 
     # Half-way: shadow vrings lie above, and guest memory below.
     def _window(self) -> int:
@@ -179,6 +243,9 @@ class ControlledDevice(WrappedDevice):
     # A pair is there before the device is to use it, and is used no more before it goes.
     @whole
     async def set_enabled(self, index: int, enabled: bool) -> None:
+        if self._is_guests_control(index):
+            await self._change_control(enabled=enabled)
+            return
         vrings = self._inner.vrings
         if not self._drives or self.state is not State.RUNNING or index not in vrings:
             await self._inner.set_enabled(index, enabled)
@@ -195,35 +262,100 @@ class ControlledDevice(WrappedDevice):
             raise
 
     def control_report(self) -> dict[str, str]:
-        if not self._drives or self._ring is None:
+        if self._ring is None or not self._inner.features & _CTRL_VQ:
             return {}
-        report = {
-            "driver": "bridge",
-            "vring": str(self._ring.index),
-            "lies": f"{'apart from' if self._ring.isolated else 'beside'} guest memory",
-        }
+        lies = f"{'apart from' if self._ring.isolated else 'beside'} guest memory"
+        report = {"driver": "guest", "vring": str(self._ring.index), "lies": lies}
+        if not self._drives:
+            return report | self._relay.known.report()
+        report["driver"] = "bridge"
         if self._inner.features & _MQ:
             report["pairs"] = str(self._pairs)
         if self._inner.features & _RX:
-            report["rx"] = "promiscuous"
+            report["rx"] = "promisc"
         if self._mac is not None:
             report["mac"] = self._mac.hex(":")
         return report
 
     # Life
 
+    @whole
+    async def suspend(self) -> None:
+        async with self._relay_stopped():
+            await self._inner.suspend()
+
+    @whole
+    async def stop_vring(self, index: int) -> int:
+        if self._relay.vring is None:
+            return await self._inner.stop_vring(index)
+        await self.suspend()
+        if index != self._relay.vring.index:
+            return await self._inner.stop_vring(index)
+        assert self._relay.vring.base is not None
+        return self._relay.vring.base
+
     async def reset(self) -> None:
+        await self._relay.stop()
         await self._inner.reset()
+        self._relay.vring = None
+        self._relay.forget()
         self._features = 0
 
+    # With another ring the device is restarted, which forgets.
+    def new_driver(self) -> None:
+        if self._relay.known.to_mapping():
+            self._stale.append(self._rings.pop(True))
+        self._relay.forget()
+
+    def control_state(self) -> dict[str, object] | None:
+        return self._relay.known.to_mapping() or None
+
     def load(self, state: DeviceState) -> None:
-        self._inner.load(state)
+        known = ControlState.from_mapping(state.control or {})
+        if known.mac is None and state.features & _SETS_MAC == _SETS_MAC and state.config:
+            # The guest's driver read it there: it is the same on every device.
+            known = replace(known, mac=state.config[:6])
+        index = net_control_vring(state.features, self.info.queue_num)
+        control = next((v for v in state.vrings if v.index == index), None)
+        self._inner.load(replace(state, vrings=tuple(v for v in state.vrings if v is not control)))
+        self._relay.vring = None if control is None else control.setup()
+        self._relay.known = known
         self._features = state.features
 
     async def aclose(self) -> None:
+        await self._relay.stop()
         await self._inner.aclose()
-        if self._ring is not None:
-            self._ring.close()
+        self._close_stale()
+        for ring in self._rings.values():
+            ring.close()
+
+    # Changes to the guest's control vring
+
+    def _is_guests_control(self, index: int) -> bool:
+        return self._relay.vring is not None and self._relay.vring.index == index
+
+    async def _change_control(self, **changes: Any) -> None:
+        async with self._relay_stopped():
+            assert self._relay.vring is not None
+            self._relay.vring = replace(self._relay.vring, **changes)
+
+    async def set_call(self, index: int, fd: OwnedFd | None) -> None:
+        if self._is_guests_control(index):
+            await self._change_control(call=fd)
+        else:
+            await self._inner.set_call(index, fd)
+
+    async def set_kick(self, index: int, fd: OwnedFd | None) -> None:
+        if self._is_guests_control(index):
+            await self._change_control(kick=fd)
+        else:
+            await self._inner.set_kick(index, fd)
+
+    async def set_err(self, index: int, fd: OwnedFd | None) -> None:
+        if self._is_guests_control(index):
+            await self._change_control(err=fd)
+        else:
+            await self._inner.set_err(index, fd)
 
 
 @asynccontextmanager
@@ -247,9 +379,10 @@ async def with_control(inner: Device, mac: bytes | None = None) -> AsyncIterator
     if not isinstance(inner, VdpaDevice) or not can:
         yield inner
         return
-    device = ControlledDevice(inner, mac)
-    try:
-        yield device
-    finally:
-        with trio.CancelScope(shield=True):
-            await device.aclose()
+    async with trio.open_nursery() as nursery:
+        device = ControlledDevice(inner, nursery, mac)
+        try:
+            yield device
+        finally:
+            with trio.CancelScope(shield=True):
+                await device.aclose()

@@ -145,6 +145,8 @@ def saved_text(name: str, report: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {'unknown'.ljust(10)} section {section} was not understood, and need not be"
     for key, value in report.get("config_fields", {}).items():
         yield f"  config     {key.ljust(24)} {value}"
+    for key, value in (report["control"] or {}).items():
+        yield f"  control    {key.ljust(24)} {value}"
     yield from table(
         ("VRING", "NAME", "SIZE", "POSITION", "ENABLED", "IN FLIGHT", "DESCRIPTORS"),
         (

@@ -316,6 +316,8 @@ class Session:
         if self.incoming is not None:
             compare_features(self.incoming.state, features)
         setups = [self._setup(v) for v in vrings]
+        if self.incoming is None and all(v.begins(self.packed) for v in vrings):
+            self.device.new_driver()
         await self.device.run(features, setups)
         self.incoming = None
         for vring in vrings:

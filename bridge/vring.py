@@ -72,6 +72,10 @@ class FrontendVring:
             return self.base
         return PACKED_START if packed else 0
 
+    def begins(self, packed: bool) -> bool:
+        """Whether a driver that never used it before starts it."""
+        return not self.running and self.start_base(packed) == (PACKED_START if packed else 0)
+
     def forget_layout(self) -> None:
         """Void size and base: what was right for a packed ring may not be for a split one."""
         self.size, self.base = 0, None

@@ -84,6 +84,16 @@ class WrappedDevice(Device):
     def vrings(self) -> Mapping[int, VringSetup]:
         return self._inner.vrings
 
+    @property
+    def control_vring(self) -> int | None:
+        return self._inner.control_vring
+
+    def control_state(self) -> dict[str, object] | None:
+        return self._inner.control_state()
+
+    def new_driver(self) -> None:
+        self._inner.new_driver()
+
     def control_report(self) -> dict[str, str]:
         return self._inner.control_report()
 

@@ -1,6 +1,6 @@
-/* The driver's side of a network device's control vring: one command after the other.
+/* Both sides of a network device's control vring: one command after the other, as bytes.
  *
- * The device is hostile: what it writes is read once and checked. Functions that return int64_t
+ * Device and guest are hostile: what they write is read once and checked. Functions that return int64_t
  * give a negative errno on failure. One thread at a time.
  */
 #ifndef VHOST_BRIDGE_CONTROL_H
@@ -25,5 +25,25 @@ int64_t vb_commands_send(struct vb_commands *commands, uint64_t command, uint32_
 			 uint64_t reply, uint32_t room);
 /* 1: the command is done; 0: not yet. -EPROTO: the device broke the rules. */
 int64_t vb_commands_done(struct vb_commands *commands);
+
+struct vb_requests;
+
+/* The device's side of a guest's control vring; of the setup features, areas, size and base count.
+ * NULL: no memory, or a vring that does not lie in the regions. */
+struct vb_requests *vb_requests_new(const struct vb_shadow_setup *setup,
+				    const struct vb_region *regions, size_t count);
+void vb_requests_free(struct vb_requests *requests);
+
+/* The bytes of the next command, of which as many as there is room for are copied, and how many its
+ * reply may have. -EAGAIN: there is none; a kick tells when there is. -EPROTO: the vring is broken. */
+int64_t vb_requests_fetch(struct vb_requests *requests, uint8_t *command, uint64_t room,
+			  uint32_t *reply);
+/* Give the command back that was fetched. 1: the guest wants to be called; 0: it does not. */
+int64_t vb_requests_give(struct vb_requests *requests, const uint8_t *reply, uint32_t length);
+/* Where another one goes on, as vhost encodes it: a command that was fetched and not given back is
+ * the next one there. */
+int64_t vb_requests_base(struct vb_requests *requests);
+/* Why the vring broke; NULL while it did not. */
+const char *vb_requests_broken(struct vb_requests *requests);
 
 #endif

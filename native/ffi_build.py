@@ -7,8 +7,9 @@ from cffi import FFI
 # Paths lead through the package folder, so that the sdist holds what the wheel is built from.
 FOLDER = "vhostbridge/native"
 SOURCES = (
-    *("vb_native", "eventfd", "spawn", "guest_ring", "device_ring", "inflight"),
-    *("inflight_packed", "shadow", "shadow_thread", "control"),
+    *("vb_native", "eventfd", "spawn", "bus_error"),
+    *("guest_ring", "device_ring", "inflight", "inflight_packed"),
+    *("shadow", "shadow_thread", "control", "control_guest"),
 )
 
 

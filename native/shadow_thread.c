@@ -1,13 +1,13 @@
 /* The thread of a shadow vring: when it works, when it sleeps, and that it survives guest memory
  * that goes away. */
 #define _GNU_SOURCE
+#include "bus_error.h"
 #include "eventfd.h"
 #include "shadow_ring.h"
 
 #include <errno.h>
 #include <poll.h>
 #include <sched.h>
-#include <setjmp.h>
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/uio.h>
@@ -25,51 +25,32 @@ static void drain_eventfd(int fd)
 	(void)!preadv2(fd, &vector, 1, -1, RWF_NOWAIT);
 }
 
-/* Guest memory is a file of the front-end's, which may make it shorter: SIGBUS then. */
-static _Thread_local sigjmp_buf *memory_gone;
-static struct sigaction handler_before;
+struct guarded_work {
+	struct vb_shadow *shadow;
+	bool (*work)(struct vb_shadow *shadow);
+	bool more;
+};
 
-static void on_bus_error(int number, siginfo_t *info, void *context)
+static void do_guarded(void *argument)
 {
-	if (memory_gone)
-		siglongjmp(*memory_gone, 1);
-	if (handler_before.sa_flags & SA_SIGINFO)
-		handler_before.sa_sigaction(number, info, context);
-	else if (handler_before.sa_handler != SIG_DFL && handler_before.sa_handler != SIG_IGN)
-		handler_before.sa_handler(number);
-	else
-		signal(number, SIG_DFL);
-}
+	struct guarded_work *guarded = argument;
 
-static void install_handler(void)
-{
-	struct sigaction action = {
-		.sa_sigaction = on_bus_error,
-		.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK,
-	};
-
-	sigaction(SIGBUS, &action, &handler_before);
+	guarded->more = guarded->work(guarded->shadow);
 }
 
 bool guarded(struct vb_shadow *shadow, bool (*work)(struct vb_shadow *shadow))
 {
-	sigjmp_buf place;
-	volatile bool more = false;
+	struct guarded_work guarded = {.shadow = shadow, .work = work};
 
-	memory_gone = &place;
-	if (sigsetjmp(place, 0) == 0)
-		more = work(shadow);
-	else
-		break_vring(shadow, "memory that the front-end shares is gone");
-	memory_gone = NULL;
-	return more;
+	if (survives(do_guarded, &guarded))
+		return guarded.more;
+	break_vring(shadow, "memory that the front-end shares is gone");
+	return false;
 }
 
 bool thread_init(struct vb_shadow *shadow)
 {
-	static pthread_once_t once = PTHREAD_ONCE_INIT;
-
-	pthread_once(&once, install_handler);
+	catch_bus_errors();
 	shadow->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	return shadow->wake >= 0;
 }

@@ -27,7 +27,7 @@ FUZZERS = ("shadow", "session", *HARNESSES)
 SHARES = {"shadow": 4.0, "session": 4.0}
 
 _SOURCES = (
-    *("eventfd", "guest_ring", "device_ring", "inflight", "inflight_packed"),
+    *("bus_error", "eventfd", "guest_ring", "device_ring", "inflight", "inflight_packed"),
     *("shadow", "shadow_thread"),
 )
 _SANITIZE = ("-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (
-    *("eventfd", "guest_ring", "device_ring", "inflight", "inflight_packed"),
+    *("bus_error", "eventfd", "guest_ring", "device_ring", "inflight", "inflight_packed"),
     *("shadow", "shadow_thread"),
 )
 WARN = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", "-g", "-O1")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import cast
 
 import pytest
+import trio
 
 from tests.unit.control_device import ControlSide
 from tests.unit.fakes import device_info, eventfd, memfd
@@ -90,17 +91,17 @@ class NetKernel(Kernel):
 class Controlled(ControlledDevice):
     """Notes commands among the ioctls, and answers them as it is told."""
 
-    def __init__(self, kernel: NetKernel, mac: bytes | None) -> None:
+    def __init__(self, kernel: NetKernel, nursery: trio.Nursery, mac: bytes | None) -> None:
         info = device_info(features=OFFER, device_id=1, vring_limit=9, queue_num=4)
         capabilities = _capabilities(kernel.backend_features())
-        super().__init__(VdpaDevice(cast(Chardev, kernel), info, capabilities), mac)
+        super().__init__(VdpaDevice(cast(Chardev, kernel), info, capabilities), nursery, mac)
         self.kernel = kernel
         self.refused: set[bytes] = set()
         self.silent = False
         self.told: list[bytes] = []
 
-    def _own_ring(self) -> CommandRing:
-        ring = super()._own_ring()
+    def _own_ring(self, relays: bool) -> CommandRing:
+        ring = super()._own_ring(relays)
         ring.send = self.answer  # type: ignore[method-assign]
         return ring
 
@@ -113,11 +114,11 @@ class Controlled(ControlledDevice):
 
 
 class Bench:
-    def __init__(self, kernel: NetKernel, mac: bytes | None) -> None:
+    def __init__(self, kernel: NetKernel, nursery: trio.Nursery, mac: bytes | None) -> None:
         self.kernel = kernel
         self.owned: list[OwnedFd] = []
         self.regions = [MemoryRegion(0, SIZE, self.own(memfd(SIZE)), 0, (0, 0, 0))]
-        self.device = Controlled(kernel, mac)
+        self.device = Controlled(kernel, nursery, mac)
 
     def own(self, fd: OwnedFd) -> OwnedFd:
         self.owned.append(fd)
@@ -141,15 +142,16 @@ class Bench:
 async def bench(
     features: BackendFeature = ISOLATING, *, mac: bytes | None = None, groups: bool = True
 ) -> AsyncIterator[Bench]:
-    made = Bench(NetKernel(features, groups=groups), mac)
-    try:
-        await made.device.set_memory(made.regions)
-        made.kernel.log.clear()
-        yield made
-    finally:
-        await made.device.aclose()
-        for fd in made.owned:
-            fd.close()
+    async with trio.open_nursery() as nursery:
+        made = Bench(NetKernel(features, groups=groups), nursery, mac)
+        try:
+            await made.device.set_memory(made.regions)
+            made.kernel.log.clear()
+            yield made
+        finally:
+            await made.device.aclose()
+            for fd in made.owned:
+                fd.close()
 
 
 async def test_commands_come_after_driver_ok_and_before_data_vrings() -> None:
@@ -212,7 +214,8 @@ async def test_front_end_with_the_control_vring_keeps_it() -> None:
     async with bench(mac=MAC) as b:
         await b.device.run(VERSION_1 | CTRL_VQ, b.rings(1))
         assert b.kernel.negotiated == VERSION_1 | CTRL_VQ
-        assert b.commands() == [] and b.device.control_report() == {}
+        assert b.commands() == []
+        assert b.device.control_report()["driver"] == "guest"
 
 
 async def test_announcing_is_left_to_the_front_end() -> None:
@@ -346,11 +349,7 @@ async def test_whole_way_through_memory(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(ControlledDevice, "_introduce", introduce)
     assert command_ring.PATIENCE == 5
-    b = Bench(kernel, MAC)
-    async with with_control(inner, MAC) as device:
+    async with bench() as b, with_control(inner, MAC) as device:
         await device.set_memory(b.regions)
         await device.run(VERSION_1 | MQ, b.rings(3))
     assert told == [b"\1\1" + MAC, pairs(3), PROMISC]
-    await b.device.aclose()
-    for fd in b.owned:
-        fd.close()

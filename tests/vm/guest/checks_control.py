@@ -262,7 +262,7 @@ def check_control_vring_beside_guest_memory() -> None:
             "driver": "bridge",
             "vring": "2",
             "lies": "beside guest memory",
-            "rx": "promiscuous",
+            "rx": "promisc",
         }
         assert set(commands()) == {PROMISC}
         pairs.exchange(50)
