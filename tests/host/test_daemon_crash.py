@@ -8,7 +8,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -44,16 +44,40 @@ def test_daemon_killed_at_any_moment_loses_no_write_and_repeats_none_that_was_do
     counted: tuple[StorageDaemon, Path], tmp_path: Path
 ) -> None:
     """Each write has a sector of its own, so the disk's log says how often it was done."""
-    disk, log = counted
+
+    def start(stack: ExitStack) -> list[Bridge]:
+        return [stack.enter_context(shadowed(counted[0], tmp_path))]
+
+    kill_and_go_on(start, counted[1], ROUNDS)
+
+
+@pytest.mark.soak
+def test_buffer_of_a_back_end_that_has_one_is_the_front_ends(
+    counted: tuple[StorageDaemon, Path], tmp_path: Path
+) -> None:
+    """The back-end is another bridge, which knows what is in flight; both are killed at once."""
+
+    def start(stack: ExitStack) -> list[Bridge]:
+        inner = stack.enter_context(shadowed(counted[0], tmp_path))
+        outer = Bridge(f"vhost-user:{inner.listen}", name="outer", listen=tmp_path / "outer.sock")
+        return [stack.enter_context(outer), inner]
+
+    kill_and_go_on(start, counted[1], ROUNDS // 4)
+
+
+def kill_and_go_on(start: Callable[[ExitStack], list[Bridge]], log: Path, rounds: int) -> None:
+    """Bridges, the front-end's first, are killed again and again; no write is lost or repeated."""
     chance, keeper = random.Random(20261125), Keeper(1 << 21)
-    for _ in range(ROUNDS):
-        with shadowed(disk, tmp_path) as bridge:
-            keeper.connect(str(bridge.listen))
+    for _ in range(rounds):
+        with ExitStack() as stack:
+            bridges = start(stack)
+            keeper.connect(str(bridges[0].listen))
             keeper.work(chance.uniform(0, 0.06))
-            bridge.kill()
+            for bridge in reversed(bridges):
+                bridge.kill()
             keeper.lose()
-    with shadowed(disk, tmp_path) as bridge:
-        keeper.connect(str(bridge.listen))
+    with ExitStack() as stack:
+        keeper.connect(str(start(stack)[0].listen))
         keeper.finish()
         keeper.close()
     writes = Counter(int(at, 16) // SECTOR for at in WRITE.findall(log.read_text()))
@@ -62,7 +86,7 @@ def test_daemon_killed_at_any_moment_loses_no_write_and_repeats_none_that_was_do
     repeated = {number for number, times in writes.items() if times > 1}
     assert repeated <= set(doubts)
     assert all(writes[number] <= 1 + doubts[number] for number in repeated)
-    assert sum(map(bool, keeper.in_doubt)) > ROUNDS / 4
+    assert sum(map(bool, keeper.in_doubt)) > rounds / 4
     print(f"{keeper.sent} writes, {len(doubts)} in flight at a kill, {len(repeated)} done again")
 
 
