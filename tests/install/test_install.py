@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -43,7 +44,8 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     pip = folder / "bin/pip"
-    run(pip, "install", "-q", wheel, "pytest>=8", "pytest-trio>=0.8", "hypothesis>=6.100")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    run(pip, "install", "-q", wheel, *project["dependency-groups"]["test"])
     return folder / "bin"
 
 

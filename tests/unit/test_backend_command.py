@@ -63,7 +63,9 @@ async def test_it_has_no_descriptors_of_ours_and_no_signals_ignored(
     lines = [r.message for r in log.records]
     assert "b: back-end: 0, 1, 2, 3" in lines  # the last one is of ls itself
     assert "b: back-end: notify: []" in lines
-    assert sum(" 0000000000000000" in line for line in lines) == 2
+    masks = [int(line.split()[-1], 16) for line in lines if "Sig" in line]
+    # glibc's own two signals can't be had back once one was used.
+    assert [mask & ~(3 << 31) for mask in masks] == [0, 0]
     assert lines[-1].endswith("was ended by SIGTERM")
 
 
