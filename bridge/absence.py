@@ -44,6 +44,12 @@ class Absence:
             if not held:
                 self.state = self._last_state(device, vrings, regions)
 
+    def stays(self, device: Device) -> None:
+        """What is known holds for this device too: it failed, and did not get to run."""
+        self._device = device
+        if isinstance(device, ShadowDevice):
+            self._in_flight = device.give_back()
+
     # A vring that was to start may have run already, from where the front-end said.
     def _last_state(
         self, device: Device, vrings: Iterable[FrontendVring], regions: list[MemoryRegion]
@@ -52,6 +58,9 @@ class Absence:
         for vring in started:
             vring.running, vring.base = True, None
         if isinstance(device, ShadowDevice) and device.internal_owner is None:
+            if (rings := device.give_back()) is not None:
+                self._in_flight = rings
+                return self.state
             self._in_flight = self._in_flight or device.hand_over()
             if self._in_flight is not None:
                 return device.state_of(b"")

@@ -223,7 +223,11 @@ class Bridge:
         async with self._lock:
             self.journal.watch(one.device)
             if self._session is not None and self._session.awaiting:
-                await self._session.attach(one.device)
+                try:
+                    await self._session.attach(one.device)
+                except BaseException:
+                    one.let_go.set()
+                    raise
             elif self._session is None:
                 await self._load_waiting(one.device)
             self._opened = one

@@ -371,7 +371,11 @@ class Session:
         await device.set_memory(self.memory.regions)
         self.absence.load(device)
         await self._follow(device)
-        await self._recovering(self.apply)
+        try:
+            await self._recovering(self.apply)
+        except BridgeError as error:
+            self.absence.stays(device)
+            device.fail(str(error))
 
     async def go_on(self) -> None:
         """Begin with what another process left (``handover``), on a device in the same state.

@@ -183,6 +183,7 @@ class ShadowDevice(WrappedDevice):
         await self._drop_rings()
         self._map.update(self._memory)
         iova = free_window(self.info, self._memory, memory_size(features, vrings), CEILING)
+        inherited = self._inherited
         rings = await self._make_rings(features, vrings, iova)
         try:
             rings.set_log(self._dirty, self._used_logs)
@@ -194,7 +195,11 @@ class ShadowDevice(WrappedDevice):
                 if self.state is State.RUNNING:
                     await self._inner.suspend()
                 await self._inner.set_memory(self._memory)
-            rings.close()
+            rings.stop()
+            # What was in flight in a device before is for the one after this.
+            self._inherited = inherited
+            if inherited is None:
+                rings.close()
             raise
         self._rings, self._guest, self._features = rings, dict(rings.vrings), features
         self.journal.traffic.begin(rings)
@@ -227,6 +232,11 @@ class ShadowDevice(WrappedDevice):
     def take_over(self, rings: ShadowRings) -> None:
         """Begin the next ``run`` with what is in flight in these vrings."""
         self._inherited = rings
+
+    def give_back(self) -> ShadowRings | None:
+        """What ``take_over`` was given, if the device did not get to run with it."""
+        rings, self._inherited = self._inherited, None
+        return rings
 
     # The device stands still and is about to get other vrings.
     async def _drop_rings(self) -> None:

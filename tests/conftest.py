@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
-
-VM = Path(__file__).with_name("vm")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With two processes (``-n 2 --dist loadgroup``) one has the virtual machine, one the rest."""
-    for item in items:
-        group = "vm" if VM in item.path.parents else "here"
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

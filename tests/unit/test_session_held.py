@@ -167,6 +167,24 @@ async def test_a_device_that_fails_while_it_runs_is_replaced_where_memory_says(
         assert signals(vm.kicks[0]) >= 1
 
 
+async def test_a_replacement_that_does_not_run_is_replaced_too(autojump_clock: MockClock) -> None:
+    async with connected() as vm:
+        await vm.start(0)
+        publish(vm, 0, available=5, used=5)
+        vm.device.fail("its process died")
+        assert vm.session.awaiting
+        second = FakeDevice()
+        second.refuse["run"] = Unsupported("not today")
+        await vm.session.attach(second)
+        assert second.failed.is_set()
+        await trio.sleep(1)
+        assert vm.session.awaiting and not vm.ended.is_set()
+        third = vm.device = FakeDevice()
+        await vm.session.attach(third)
+        assert third.state is State.RUNNING
+        assert third.bases == {0: 5}
+
+
 async def test_a_device_that_fails_with_requests_in_flight_is_lost(
     autojump_clock: MockClock,
 ) -> None:
