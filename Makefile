@@ -37,7 +37,9 @@ vm-shell: setup  ## a shell in the test virtual machine
 man: $(STAMP)  ## man pages, into man/
 	@$(BIN)/python packaging/man.py man
 
+# Tests start the daemon hundreds of times; with PYTHONDONTWRITEBYTECODE set it would compile each time.
 setup: $(STAMP)
+	@$(BIN)/python -m compileall -q vhostbridge tests benchmarks
 	@$(BIN)/python -m tests.rig setup
 
 $(STAMP): pyproject.toml setup.py .ci/setup $(NATIVE)

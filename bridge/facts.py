@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from vhostbridge.backends.device import DeviceInfo
 from vhostbridge.backends.lifecycle import Capabilities
-from vhostbridge.backends.vdpa.inventory import Report
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
 from vhostbridge.backends.virtio import DeviceId, FsFeature, describe_vring, feature_names
 from vhostbridge.backends.virtio_config import ConfigValue
 
 from .offer import HIDDEN
+
+if TYPE_CHECKING:
+    # It brings netlink with it, which takes longer to import than all the rest.
+    from vhostbridge.backends.vdpa.inventory import Report
 
 
 def flag_names(flags: int, known: Mapping[str, int]) -> list[str]:
