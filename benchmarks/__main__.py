@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from . import host, hostile, migration, model, shadow, svq, trace, vm
+from . import host, hostile, migration, model, recovery, shadow, svq, trace, vm
 
 PARTS = {
     "host": host.measure,
     "hostile": hostile.measure,
     "migration": migration.measure,
     "model": model.measure,
+    "recovery": recovery.measure,
     "shadow": shadow.measure,
     "svq": svq.measure,
     "trace": trace.measure,
