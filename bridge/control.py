@@ -26,6 +26,7 @@ from .config import control_folder
 from .endpoint import listen_at
 from .events import Events
 from .following import follow
+from .journald import working_for
 from .keeping import Keeper
 from .metrics import Metrics
 from .status import BridgeStatus, SwitchReport, to_wire
@@ -250,6 +251,7 @@ def _error(error: str, /, **parameters: object) -> VarlinkError:
 
 def _tell(answering: Answering, bridge: Controlled, more: str = "") -> None:
     verb = answering.call.method.rpartition(".")[2].lower()
+    working_for.set(bridge.name)
     _log.info("%s: %s asked for by %s%s", bridge.name, verb, answering.asked_by, more)
 
 

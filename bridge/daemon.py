@@ -16,6 +16,7 @@ from vhostbridge.backends.errors import BridgeError, find_bridge_error
 from .bridge import Bridge
 from .config import BridgeConfig, DaemonConfig
 from .events import Event, Events, Kind
+from .journald import working_for
 from .keeping import Keeper
 from .metrics import Metrics
 from .notify import Notifier
@@ -134,6 +135,7 @@ class _Daemon:
         one = _Running(config)
 
         async def run(task_status: trio.TaskStatus[None]) -> None:
+            working_for.set(config.name)
             try:
                 with one.scope:
                     await bridge.run(task_status)

@@ -6,6 +6,7 @@ events, and is told how many.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import trio
+
+_log = logging.getLogger("vhostbridge.events")
 
 #: Events that wait for one follower; more are lost.
 QUEUE = 1000
@@ -115,6 +118,8 @@ class Events:
         """Tell all followers. Only from the event loop's thread."""
         for follower in self._followers:
             follower.put(event)
+        whose = event.bridge or "daemon"
+        _log.debug("%s: %s: %s", whose, event.kind, event.text, extra={"event": event})
 
     @contextmanager
     def follow(self, bridges: Collection[str] = (), limit: int = QUEUE) -> Iterator[Follower]:

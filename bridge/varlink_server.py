@@ -20,6 +20,7 @@ import trio
 from vhostbridge.backends.fds import close_all
 from vhostbridge.backends.vhostuser.sockets import EXHAUSTED
 
+from .journald import working_for
 from .varlink import (
     ANCILLARY,
     Call,
@@ -188,6 +189,7 @@ class Connection:
         finally:
             close_all(frame.fds)
             self._current = None
+            working_for.set("")
             self.idle_since = trio.current_time()
 
     async def _answer(self, answering: _Answering) -> Reply:

@@ -230,13 +230,9 @@ def serve(
     import trio
 
     from vhostbridge.bridge.daemon import serve as serve_bridges
+    from vhostbridge.bridge.journald import log_to
 
-    debug = context.ensure_object(Options).debug
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
-        format="%(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    log_to(sys.stderr, logging.DEBUG if context.ensure_object(Options).debug else logging.INFO)
     trio.run(serve_bridges, config, configure if config_file is not None else None)
 
 
