@@ -153,6 +153,10 @@ class Device(ABC):
         self.failure = ""
         #: Called when the device's configuration changed; never while it is suspended.
         self.on_config_change: Callable[[], None] = lambda: None
+        #: The process behind it, where the kernel tells; 0 where it does not.
+        self.process = 0
+        #: Whether it failed because that did not answer: it may live on, and come to life again.
+        self.hangs = False
         #: Set when the device becomes FAILED.
         self.failed = trio.Event()
         #: How often it began to run, or went on.

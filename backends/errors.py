@@ -10,6 +10,7 @@
     ├── StateError                  a saved state is damaged, too new, or can't be read or written
     ├── PeerError                   the other side broke the vhost-user protocol
     ├── TransportLost               socket or character device went away
+    │   └── Unanswered              it is there, and does not answer
     └── KernelRefused               an ioctl or IOTLB write failed; carries errno
 """
 
@@ -60,6 +61,10 @@ class PeerError(BridgeError):
 
 class TransportLost(BridgeError):
     """The socket or device went away; whether the last operation happened is unknown."""
+
+
+class Unanswered(TransportLost):
+    """A peer that is there did not answer in time; it may still act."""
 
 
 # 524 is the kernel-internal ENOTSUPP that some vDPA parents let through; of 95, Python may tell the

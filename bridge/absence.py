@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from vhostbridge.backends.errors import StateError
+from vhostbridge.backends.errors import StateError, Unsupported
 
-from .recovery import last_state
+from .recovery import last_state, moved_on
 from .shadow import ShadowDevice
 
 if TYPE_CHECKING:
@@ -20,15 +20,21 @@ if TYPE_CHECKING:
 
 class Absence:
     """Where a session's device stopped last, or failed. Enough for another one to go on from, if
-    the device has no state of its own."""
+    the device has no state of its own.
 
-    def __init__(self) -> None:
+    ``config`` is what is known of its configuration space, from its beginning on.
+    """
+
+    def __init__(self, config: bytes = b"") -> None:
         #: ``None`` if nobody knows where it was.
         self.state: DeviceState | None = None
+        self.config = config
         # Whose failure has been looked at.
         self._device: Device | None = None
         # Shadow vrings of a device that is gone.
         self._in_flight: ShadowRings | None = None
+        # Where its vrings are without them.
+        self._settled: dict[int, int] = {}
 
     def notice(
         self,
@@ -80,6 +86,57 @@ class Absence:
             )
         return self.state
 
+    # Its configuration
+
+    def remember(self, offset: int, data: bytes) -> None:
+        """Configuration that was read; what lies behind a gap is not kept."""
+        if offset <= len(self.config):
+            self.config = self.config[:offset] + data + self.config[offset + len(data) :]
+
+    def config_at(self, offset: int, size: int) -> bytes | None:
+        """The same; ``None`` where it was not read."""
+        data = self.config[offset : offset + size]
+        return data if len(data) == size else None
+
+    # Its requests in flight
+
+    def settles(self) -> bool:
+        """Whether a vring can stop now: what is in flight there is the last that was fetched."""
+        try:
+            self._settled = dict(self.settle())
+        except Unsupported:
+            return False
+        return True
+
+    def settle(self) -> Mapping[int, int]:
+        """Count requests in flight as not fetched; where each vring is then, if there are any.
+
+        Raises:
+            Unsupported: later requests overtook them. They stay, for another device to complete.
+        """
+        if self._in_flight is not None:
+            self._in_flight.settle()
+            self._settled = {i: v.base or 0 for i, v in self._in_flight.vrings.items()}
+            self.give_up_requests()
+        bases, self._settled = self._settled, {}
+        return bases
+
+    def give_up_requests(self) -> None:
+        """Forget what is in flight."""
+        if self._in_flight is not None:
+            self._in_flight.close()
+            self._in_flight = None
+
+    # The device that comes
+
+    def look_again(self, regions: list[MemoryRegion]) -> bool:
+        """Whether the device, should it have come to life since, left the vrings in good order."""
+        if self.state is None or self._in_flight is not None:
+            return True
+        moved = moved_on(self.state, regions)
+        self.state = moved or self.state
+        return moved is not None
+
     def load(self, device: Device) -> None:
         """Let ``device``, which is RESET, go on from there; not if it has state of its own."""
         state = self.state
@@ -91,5 +148,4 @@ class Absence:
             self._in_flight = None
 
     def close(self) -> None:
-        if self._in_flight is not None:
-            self._in_flight.close()
+        self.give_up_requests()

@@ -46,13 +46,11 @@ class BackendCommand:
         """It is of use: there is a device."""
         self._served = True
 
-    def kill(self, pid: int) -> bool:
-        """End the program at once, if it is the process ``pid``: it hangs."""
-        if self.pid is None or self.pid != pid:
-            return False
-        _log.warning("%s: killing the back-end (pid %d): it hangs", self._name, pid)
-        os.kill(pid, signal.SIGKILL)
-        return True
+    def kill(self) -> None:
+        """End the program and its group at once: it hangs."""
+        if self.pid is not None:
+            _log.warning("%s: killing the back-end (pid %d): it hangs", self._name, self.pid)
+            os.killpg(self.pid, signal.SIGKILL)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import trio
 
@@ -19,6 +20,7 @@ from vhostbridge.backends.errors import (
     StateError,
     TargetError,
     TransportLost,
+    Unanswered,
     find_bridge_error,
 )
 from vhostbridge.backends.fds import OwnedFd
@@ -32,6 +34,7 @@ from vhostbridge.backends.trace import OFF, Tracer
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
 
+from .absence import Absence
 from .backend_command import BackendCommand
 from .config import BridgeConfig
 from .controlled import with_control
@@ -46,6 +49,7 @@ from .pauses import Reason
 from .quiet import either
 from .session import Session
 from .shadow import ShadowDevice, with_shadow
+from .stand_in import StandIn
 from .state_transfer import Progress, load_device, misfits, save_device
 from .status import BridgeStatus, SwitchReport
 from .survey import survey
@@ -93,6 +97,11 @@ class Bridge:
         self._incoming: Incoming | None = None
         self._lock = trio.Lock()
         self._there = trio.Event()
+        # The one that was there last.
+        self._lost: Device | None = None
+        # A process that we gave up and that may live on; 0 for none.
+        self._hung = 0
+        self._config = b""
         command = config.backend_command
         self._command = BackendCommand(config.name, command) if command else None
         # Shielded while a device is open: it is closed after its front-end has left.
@@ -114,7 +123,7 @@ class Bridge:
                     if self._arrival is not None:
                         await self._go_on(self._arrival)
                     while (sock := await self._next_front_end(endpoint)) is not None:
-                        await self._serve_one(sock, await self._available())
+                        await self._serve_one(sock)
                 finally:
                     # Last, and whoever cancels us: a front-end that leaves stops its device.
                     self._keeping.cancel()
@@ -163,6 +172,8 @@ class Bridge:
                         starting = first and self._arrival is None
                         if cause is None or (starting and (late or not absent)):
                             raise
+                        if isinstance(cause, Unanswered) and self._command is not None:
+                            self._command.kill()
                         # A front-end that is there already waits for as long as it takes.
                         if first and not starting:
                             first = False
@@ -196,6 +207,11 @@ class Bridge:
                 if one is self._opened:
                     _log.error("%s: the back-end failed: %s", self.name, device.failure)
                     self.journal.failed(config.backend, device.failure)
+                    if device.hangs:
+                        self._hung = device.process
+                        if self._command is not None and config.backend_command:
+                            self._command.kill()
+                    self._lost = device
                     await self._give_up_device()
         except (BridgeError, BaseExceptionGroup) as error:
             cause = find_bridge_error(error)
@@ -220,6 +236,7 @@ class Bridge:
             raise StateError(f"the state does not fit {self.config.backend}: {'; '.join(reasons)}")
 
     async def _take(self, one: Opened) -> None:
+        self._check_hung(one)
         async with self._lock:
             self.journal.watch(one.device)
             if self._session is not None and self._session.awaiting:
@@ -232,6 +249,18 @@ class Bridge:
                 await self._load_waiting(one.device)
             self._opened = one
             self._there.set()
+
+    # A back-end that hung and comes to life again writes to the guest's memory, while another one
+    # does. One that serves us anew has done with what was before.
+    def _check_hung(self, one: Opened) -> None:
+        hung, self._hung = self._hung, 0
+        if hung in (0, one.device.process) or not Path(f"/proc/{hung}").exists():
+            return
+        self._hung = hung
+        one.let_go.set()
+        raise TargetError(
+            f"process {hung}, which hangs, can still write to the guest's memory", "end it"
+        )
 
     # A state that waits for a front-end can wait in another device, if all of it is known here.
     async def _load_waiting(self, device: Device) -> None:
@@ -261,9 +290,19 @@ class Bridge:
             await self._there.wait()
         return self._opened.device
 
-    async def _serve_one(self, sock: trio.socket.SocketType, device: Device) -> None:
+    # The device, or somebody in its place; ``None`` before the first one was there.
+    def _device(self) -> Device | None:
+        if self._opened is not None:
+            return self._opened.device
+        return None if self._lost is None else StandIn(self._lost, Absence(self._config))
+
+    async def _serve_one(self, sock: trio.socket.SocketType) -> None:
         channel = Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end", trace=self.trace)
+        while self._device() is None:
+            await self._there.wait()
         async with self._lock:
+            device = self._device()
+            assert device is not None
             await self._load_waiting(device)
         session = Session(
             self.name,
@@ -273,6 +312,8 @@ class Bridge:
             lock=self._lock,
             incoming=self._incoming,
             on_disconnect=self.config.on_disconnect,
+            config=self._config,
+            backend_timeout=self.config.backend_timeout,
         )
         _log.info("%s: front-end connected (pid %d)", self.name, channel.peer_pid)
         await self._serve(session, channel.peer_pid)
@@ -297,6 +338,7 @@ class Bridge:
         finally:
             self._session, self._front_end = None, None
             self._incoming = session.left_behind
+            self._config = session.absence.config
             self.journal.front_end_left(peer)
             self._left.set()
         if left:
@@ -323,6 +365,7 @@ class Bridge:
             HANDLERS,
             lock=self._lock,
             on_disconnect=self.config.on_disconnect,
+            backend_timeout=self.config.backend_timeout,
         )
         peer = channel.peer_pid
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -34,6 +35,7 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "on-disconnect": str,
     "mac": str,
     "backend-command": (str, list),
+    "backend-timeout": (int, float),
 }
 
 
@@ -57,6 +59,7 @@ class BridgeConfig:
         shadow: requests always pass through shadow vrings.
         on_disconnect: what becomes of the device when its front-end goes.
         mac: the address that a vDPA network device is given, 6 bytes.
+        backend_timeout: seconds that a front-end waits for a back-end that went away.
         backend_command: a program that is the back-end, started with the bridge; empty for none.
 
     Raises:
@@ -76,6 +79,7 @@ class BridgeConfig:
     on_disconnect: OnDisconnect = OnDisconnect.RESET
     mac: bytes | None = None
     backend_command: tuple[str, ...] = ()
+    backend_timeout: float = math.inf
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -196,6 +200,17 @@ def parse_on_disconnect(text: str) -> OnDisconnect:
         raise ConfigError(
             f"{text!r} is nothing to do when a front-end goes", f"one of {names}"
         ) from None
+
+
+def parse_timeout(seconds: float) -> float:
+    """How long a front-end waits for a back-end that went away, in seconds.
+
+    Raises:
+        ConfigError: that is no time.
+    """
+    if not seconds >= 0:
+        raise ConfigError(f"{seconds:g} is no time to wait", "seconds; leave it out for ever")
+    return float(seconds)
 
 
 def parse_command(command: str | Sequence[object]) -> tuple[str, ...]:
@@ -324,6 +339,7 @@ def _bridge(place: _Place, table: object) -> BridgeConfig:
             on_disconnect=parse_on_disconnect(table.get("on-disconnect", "reset")),
             mac=parse_mac(table["mac"]) if "mac" in table else None,
             backend_command=parse_command(table.get("backend-command", ())),
+            backend_timeout=parse_timeout(table.get("backend-timeout", math.inf)),
         )
     except ConfigError as error:
         raise ConfigError(f"{place()}: {error.message}", error.hint) from None

@@ -293,6 +293,7 @@ async def get_config(session: Session, message: Message) -> Payload:
     config = message.payload
     assert isinstance(config, Config)
     data = await session.device.read_config(config.offset, len(config.data))
+    session.absence.remember(config.offset, data)
     return Config(config.offset, config.flags, data)
 
 

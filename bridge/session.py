@@ -8,6 +8,7 @@ DRIVER_OK, at the first kick, or when the front-end has fallen silent.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ from .incoming import Incoming, Origin, arriving, compare_features
 from .memory import MemoryTable
 from .offer import check_features
 from .quiet import either, message_comes_first
+from .stand_in import StandIn
 from .vring import FrontendVring
 
 if TYPE_CHECKING:
@@ -81,6 +83,8 @@ class Session:
         lock: trio.Lock | None = None,
         incoming: Incoming | None = None,
         on_disconnect: OnDisconnect = OnDisconnect.RESET,
+        config: bytes = b"",
+        backend_timeout: float = math.inf,
     ) -> None:
         self.name = name
         self.device = device
@@ -113,7 +117,8 @@ class Session:
         self._nursery: trio.Nursery | None = None
         self._config_changed = trio.Event()
         self._replaced = trio.Event()
-        self.absence = Absence()
+        self.absence = device.absence if isinstance(device, StandIn) else Absence(config)
+        self._backend_timeout = backend_timeout
         self._reading = trio.CancelScope()
         self._pace = Pace(MESSAGES, BURST)
         #: Whether a refusal is still worth a line in the log.
@@ -174,17 +179,37 @@ class Session:
     async def _until_lost(self) -> str:
         while True:
             device = self.device
-            await either(device.failed, self._replaced)
-            if self.device is not device:
+            if isinstance(device, StandIn):
+                with trio.move_on_after(self._backend_timeout) as patience:
+                    await either(device.failed, self._replaced)
+                if patience.cancelled_caught:
+                    took = f"another one was not there within {self._backend_timeout:g} s"
+                    return f"{device.because}; {took}"
+                if device.failed.is_set():
+                    return device.failure
                 continue
-            if self.awaiting:
-                await self._replaced.wait()
-            elif self.device is device:
-                return device.failure
+            await either(device.failed, self._replaced)
+            async with self.lock:
+                if self.device is device and not self._stand_in():
+                    return device.failure
+
+    # Put somebody in the place of a device that failed: whether that can be.
+    def _stand_in(self) -> bool:
+        if isinstance(self.device, StandIn):
+            return True
+        if not self.awaiting:
+            return False
+        lost = self.device
+        lost.on_config_change = lambda: None
+        ran = not self.held and any(vring.running for vring in self.vrings.values())
+        self.device = StandIn(lost, self.absence, running=ran)
+        return True
 
     @property
     def awaiting(self) -> bool:
         """Whether the device is gone and another one, from where it was, would do."""
+        if isinstance(self.device, StandIn):
+            return True
         if not self.device.failed.is_set():
             return False
         absence = self.absence
@@ -236,11 +261,12 @@ class Session:
         if message.request == Request.CHECK_DEVICE_STATE and self.transfer is not None:
             await self.transfer.done.wait()
         while not done:
-            if self.awaiting:
+            if self.device.failed.is_set():
+                async with self.lock:
+                    self._stand_in()
+            if isinstance(self.device, StandIn) and not self.device.answers(message):
                 with trio.move_on_after(PATIENCE):
                     await self._replaced.wait()
-                if self.awaiting:
-                    raise TransportLost(f"the device failed: {self.device.failure}")
             async with self.lock:
                 await self._recovering(handle)
 
@@ -249,7 +275,7 @@ class Session:
         try:
             await work()
         except BridgeError:
-            if not self.awaiting:
+            if isinstance(self.device, StandIn) or not self._stand_in():
                 raise
 
     # Keeping the device in step
@@ -367,15 +393,28 @@ class Session:
         Raises:
             BridgeError: it does not take the guest's memory, or the features in use.
         """
+        if not self._stand_in():
+            raise TransportLost(f"the device failed: {self.device.failure}")
         check_features(device.info, self.features)
+        if self.device.hangs and not self.absence.look_again(self.memory.regions):
+            self.device.fail("it hung, and which requests it has done since is not known")
+            return
         await device.set_memory(self.memory.regions)
         self.absence.load(device)
         await self._follow(device)
+        if await self._has_other_config(device):
+            self._config_changed.set()
         try:
             await self._recovering(self.apply)
         except BridgeError as error:
             self.absence.stays(device)
             device.fail(str(error))
+
+    async def _has_other_config(self, device: Device) -> bool:
+        known = self.absence.config
+        with suppress(BridgeError):
+            return bool(known) and await device.read_config(0, len(known)) != known
+        return True
 
     async def go_on(self) -> None:
         """Begin with what another process left (``handover``), on a device in the same state.

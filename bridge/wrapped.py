@@ -41,6 +41,22 @@ class WrappedDevice(Device):
         self._inner.trace = value
 
     @property
+    def process(self) -> int:
+        return self._inner.process
+
+    @process.setter
+    def process(self, value: int) -> None:
+        self._inner.process = value
+
+    @property
+    def hangs(self) -> bool:
+        return self._inner.hangs
+
+    @hangs.setter
+    def hangs(self, value: bool) -> None:
+        self._inner.hangs = value
+
+    @property
     def failure(self) -> str:
         return self._inner.failure
 

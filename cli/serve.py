@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,12 @@ if TYPE_CHECKING:
     metavar="CMD",
     help="Start this program first: it is the vhost-user back-end. It is started again when it "
     "dies, and ended with the bridge.",
+)
+@click.option(
+    "--backend-timeout",
+    type=float,
+    metavar="SECONDS",
+    help="Cut the VMM off when its back-end was away for so long.  [default: never]",
 )
 @click.option(
     "--type",
@@ -135,6 +142,7 @@ def serve(
     fd: int | None,
     backend: str | None,
     backend_command: str | None,
+    backend_timeout: float | None,
     device_type: str | None,
     incoming: str | None,
     dirty_log: str | None,
@@ -198,6 +206,7 @@ def serve(
         "--fd": fd,
         "--backend": backend,
         "--backend-command": backend_command,
+        "--backend-timeout": backend_timeout,
         "--type": device_type,
         "--incoming": incoming,
         "--dirty-log": dirty_log,
@@ -246,6 +255,7 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
         parse_mac,
         parse_mode,
         parse_on_disconnect,
+        parse_timeout,
         parse_tracking,
         usual_control,
     )
@@ -266,6 +276,7 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
     mode = single["--socket-mode"]
     if mode is not None and single["--listen"] is None:
         raise ConfigError("--socket-mode is for a --listen socket")
+    patience = single["--backend-timeout"]
     bridge = BridgeConfig(
         name=single["--name"],
         backend=single["--backend"],
@@ -279,6 +290,7 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
         shadow=bool(single["--shadow"]),
         on_disconnect=parse_on_disconnect(single["--on-disconnect"] or "reset"),
         mac=parse_mac(single["--mac"]) if single["--mac"] is not None else None,
+        backend_timeout=math.inf if patience is None else parse_timeout(patience),
         backend_command=parse_command(command) if (command := single["--backend-command"]) else (),
     )
     return DaemonConfig(bridges=[bridge], control=usual_control(bridge.name))

@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import trio
 
-from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
+from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost, Unanswered
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.pace import Pace
 from vhostbridge.backends.trace import OFF, Tracer
@@ -48,6 +49,11 @@ class _Pending:
 # How many requests of its own a back-end may make a second.
 REQUESTS = 100
 
+# How long a back-end may take to answer, in seconds. Some answers come after requests in flight, or
+# after it has taken a state in.
+ANSWER = 10.0
+SLOW = {Request.GET_VRING_BASE: 30.0, Request.CHECK_DEVICE_STATE: 300.0}
+
 # How many messages that change nothing go before one that stops a vring. A message takes a back-end
 # microseconds, as our system call does.
 BUSY = 64
@@ -67,17 +73,23 @@ class Client:
         self._order = trio.Lock()
         self._reverse: Channel | None = None
         self._lost: BridgeError | None = None
+        #: Whether it was given up because it did not answer.
+        self.hangs = False
         #: Called for CONFIG_CHANGE_MSG.
         self.on_config_change: Callable[[], None] = lambda: None
 
+    @property
+    def peer_pid(self) -> int:
+        """The back-end's process; 0 where the kernel doesn't tell, or tells a service manager."""
+        pid = self._channel.peer_pid
+        return pid if pid > 1 else 0
+
     def peer_program(self) -> str:
         """The back-end's program, without its folder; empty where the kernel doesn't tell."""
-        pid = self._channel.peer_pid
-        # A service manager that listens for others is not the back-end.
-        if pid <= 1:
+        if self.peer_pid == 0:
             return ""
         try:
-            return Path(f"/proc/{pid}/exe").readlink().name
+            return Path(f"/proc/{self.peer_pid}/exe").readlink().name
         except OSError:
             return ""
 
@@ -186,15 +198,31 @@ class Client:
         return await self._reply_to(pending)
 
     async def _reply_to(self, pending: _Pending) -> Message:
+        limit = SLOW.get(pending.request, ANSWER)
         try:
-            await pending.done.wait()
+            with trio.move_on_after(limit) as patience:
+                await pending.done.wait()
         except BaseException:
             pending.abandon()
             raise
+        if patience.cancelled_caught:
+            pending.abandon()
+            self._give_up(pending.request, limit)
         if pending.error is not None:
             raise pending.error
         assert pending.reply is not None
         return pending.reply
+
+    # Whatever it does from now on, it is not listened to.
+    def _give_up(self, request: Request, limit: float) -> NoReturn:
+        lost = Unanswered(
+            f"back-end {self.target} did not answer {request.name} within {limit:g} s",
+            "it hangs, or is stopped",
+        )
+        if self._lost is None:
+            self._lost, self.hangs = lost, True
+            self._channel.close()
+        raise self._lost
 
     def _check(self, request: Request, reply: Message) -> None:
         reply.close()
@@ -214,7 +242,7 @@ class Client:
             reason = TransportLost(f"back-end {self.target} closed the connection")
         except BridgeError as error:
             reason = error
-        self._lost = reason
+        reason = self._lost = self._lost or reason
         for pending in self._pending:
             pending.error = reason
             pending.done.set()

@@ -106,6 +106,7 @@ async def _client(
             try:
                 device = await _handshake(client, target, device_id)
                 device.trace = trace
+                device.process = client.peer_pid
                 if lost is not None:
                     raise lost
                 nursery.start_soon(client.serve_reverse)

@@ -83,6 +83,14 @@ class VhostUserDevice(Device):
         self.capabilities = capabilities
         client.on_config_change = self._config_change
 
+    @property
+    def hangs(self) -> bool:
+        return self._client.hangs
+
+    @hangs.setter
+    def hangs(self, value: bool) -> None:
+        """The connection's to know."""
+
     def _has(self, feature: ProtocolFeature) -> bool:
         return feature in self._client.protocol
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import socket
 import struct
@@ -210,6 +211,7 @@ async def connected(
     *,
     incoming: Incoming | None = None,
     on_disconnect: OnDisconnect = OnDisconnect.RESET,
+    backend_timeout: float = math.inf,
 ) -> AsyncIterator[FrontEnd]:
     """A front-end and its session.
 
@@ -220,7 +222,13 @@ async def connected(
     sock = trio.socket.from_stdlib_socket(ours)
     channel = Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end")
     session = Session(
-        "vm", channel, device, HANDLERS, incoming=incoming, on_disconnect=on_disconnect
+        "vm",
+        channel,
+        device,
+        HANDLERS,
+        incoming=incoming,
+        on_disconnect=on_disconnect,
+        backend_timeout=backend_timeout,
     )
     vm = FrontEnd(theirs, device, session)
     try:

@@ -195,32 +195,6 @@ async def test_a_device_that_fails_with_requests_in_flight_is_lost(
         assert "its process died" in str(await vm.lost())
 
 
-async def test_a_message_waits_for_the_replacement(autojump_clock: MockClock) -> None:
-    async with connected() as vm:
-        await vm.start(0)
-        vm.device.fail("its process died")
-        async with trio.open_nursery() as nursery:
-
-            async def replace_it() -> None:
-                await trio.sleep(4)
-                vm.device = FakeDevice()
-                await vm.session.attach(vm.device)
-
-            nursery.start_soon(replace_it)
-            assert await vm.base(0) == 0
-        assert vm.device.state is State.SUSPENDED
-
-
-async def test_a_message_does_not_wait_for_ever(autojump_clock: MockClock) -> None:
-    async with connected() as vm:
-        await vm.start(0)
-        vm.device.fail("its process died")
-        await vm.send(R.GET_FEATURES)
-        with trio.fail_after(10):
-            await vm.ended.wait()
-        assert "its process died" in str(vm.outcome)
-
-
 async def test_a_replacement_that_lacks_a_feature_is_not_taken(autojump_clock: MockClock) -> None:
     async with connected() as vm:
         await vm.start(0)

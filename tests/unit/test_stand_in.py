@@ -1,0 +1,193 @@
+"""Front-ends whose device is not there: what they are answered, and how another one goes on."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.unit.fakes import FakeDevice, region, u64
+from tests.unit.frontend import DEVICE_GETS, MEMORY, OFFER, PF, USER, FrontEnd, connected, names
+from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.lifecycle import State
+from vhostbridge.backends.vhostuser.messages import Request as R
+
+DIED = "its process died"
+CONFIG = struct.pack("=III", 0, 60, 0) + bytes(60)
+
+
+def publish(memory: OwnedFd, available: int, used: int, heads: list[int], done: list[int]) -> None:
+    """Write vring 0's indices and its first entries."""
+    at = 0x10000
+    avail = struct.pack(f"<HH{len(heads)}H", 0, available, *heads)
+    entries = b"".join(struct.pack("<II", head, 0) for head in done)
+    os.pwrite(memory.fileno(), avail, at + 0x1000)
+    os.pwrite(memory.fileno(), struct.pack("<HH", 0, used) + entries, at + 0x2000)
+
+
+async def attach(vm: FrontEnd) -> FakeDevice:
+    vm.device = FakeDevice()
+    async with vm.session.lock:
+        await vm.session.attach(vm.device)
+    return vm.device
+
+
+async def test_messages_are_answered_at_once(autojump_clock: MockClock) -> None:
+    """None of them waits, and each is in force for the device that comes."""
+    async with connected() as vm:
+        await vm.start(0, 1, protocol=OFFER)
+        before = await vm.ask(R.GET_CONFIG, CONFIG)
+        publish(vm.memory, 3, 3, [], [])
+        vm.device.fail(DIED)
+        began = trio.current_time()
+        assert await vm.ask(R.GET_CONFIG, CONFIG) == before
+        assert await vm.ask(R.GET_FEATURES)
+        assert await vm.ask(R.GET_STATUS)
+        assert (await vm.base(0), await vm.base(1)) == (3, 0)
+        await vm.ack(R.SET_STATUS, u64(0))
+        more = region(MEMORY, MEMORY, USER + MEMORY)
+        await vm.ack(R.ADD_MEM_REG, u64(0) + more, vm.memfd())
+        for index, base in ((0, 3), (1, 0)):
+            await vm.set_call(index)
+            await vm.set_ring(index, base)
+        await vm.ack(R.SET_STATUS, u64(0xF))
+        assert trio.current_time() == began
+        assert vm.session.awaiting
+        device = await attach(vm)
+        assert names(device.calls).count("run") == 1
+        assert ("set_memory", (0, MEMORY), (MEMORY, MEMORY)) in device.calls
+        assert device.bases == {0: 3, 1: 0}
+        assert device.state is State.RUNNING
+
+
+async def test_a_guest_that_was_stopped_meanwhile_stays_so(autojump_clock: MockClock) -> None:
+    async with connected() as vm:
+        await vm.start(0)
+        vm.device.fail(DIED)
+        assert await vm.base(0) == 0
+        device = await attach(vm)
+        assert "run" not in names(device.calls)
+        await vm.settle()
+        await vm.set_ring(0, 0)
+        await vm.settle()
+        assert device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 0))
+
+
+async def test_a_reset_meanwhile_begins_anew(autojump_clock: MockClock) -> None:
+    """As at system_reset: the next device starts with the guest's new vrings."""
+    async with connected() as vm:
+        await vm.start(0)
+        publish(vm.memory, 9, 9, [], [])
+        vm.device.fail(DIED)
+        await vm.ack(R.RESET_DEVICE)
+        publish(vm.memory, 0, 0, [], [])
+        await vm.set_ring(0, 0)
+        await vm.enable(0)
+        await vm.settle()
+        device = await attach(vm)
+        assert device.bases == {0: 0}
+        assert device.state is State.RUNNING
+
+
+async def test_configuration_that_was_never_read_is_refused_after_a_while(
+    autojump_clock: MockClock,
+) -> None:
+    async with connected() as vm:
+        await vm.start(0)
+        vm.device.fail(DIED)
+        began = trio.current_time()
+        assert len(await vm.ask(R.GET_CONFIG, CONFIG)) == 12
+        assert trio.current_time() == began + 5
+        await vm.nack(R.SET_CONFIG, CONFIG)
+        assert not vm.ended.is_set()
+
+
+async def test_a_write_of_configuration_waits_for_the_next_device(
+    autojump_clock: MockClock,
+) -> None:
+    async with connected() as vm:
+        await vm.start(0)
+        vm.device.fail(DIED)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(vm.ack, R.SET_CONFIG, CONFIG)
+            await trio.sleep(2)
+            device = await attach(vm)
+        assert "write_config" in names(device.calls)
+
+
+@pytest.mark.parametrize("changed", [True, False])
+async def test_a_device_with_another_configuration_is_announced(
+    autojump_clock: MockClock, changed: bool
+) -> None:
+    async with connected() as vm:
+        await vm.start(0)
+        reverse = await vm.reverse()
+        await vm.ask(R.GET_CONFIG, CONFIG)
+        vm.device.fail(DIED)
+        await trio.sleep(1)
+        vm.device = FakeDevice()
+        if changed:
+            vm.device.config = b"\xff" * 64
+        await vm.session.attach(vm.device)
+        with trio.move_on_after(1) as waited:
+            assert (await reverse.receive()) is not None
+        assert waited.cancelled_caught is not changed
+        reverse.close()
+
+
+async def test_a_front_end_waits_no_longer_than_it_is_allowed(autojump_clock: MockClock) -> None:
+    async with connected(backend_timeout=30) as vm:
+        await vm.start(0)
+        vm.device.fail(DIED)
+        await trio.sleep(29)
+        assert not vm.ended.is_set()
+        assert str(await vm.lost()) == (
+            f"the device failed: {DIED}; another one was not there within 30 s"
+        )
+
+
+async def test_by_default_it_waits_for_ever(autojump_clock: MockClock) -> None:
+    async with connected() as vm:
+        await vm.start(0)
+        vm.device.fail(DIED)
+        await trio.sleep(80_000)
+        assert not vm.ended.is_set()
+        assert (await attach(vm)).state is State.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("heads", "done", "base"),
+    [
+        pytest.param([0, 1, 2], [], 0, id="nothing since"),
+        pytest.param([5, 6, 7], [6, 5], 2, id="the next two"),
+        pytest.param([5, 6, 7], [7, 5], None, id="one that was overtaken"),
+    ],
+)
+async def test_what_a_hung_device_did_since_counts_if_it_is_certain(
+    autojump_clock: MockClock, heads: list[int], done: list[int], base: int | None
+) -> None:
+    async with connected() as vm:
+        await vm.start(0)
+        vm.device.hangs = True
+        vm.device.fail("it does not answer")
+        await trio.sleep(1)
+        publish(vm.memory, len(heads), len(done), heads, done)
+        device = FakeDevice()
+        await vm.session.attach(device)
+        if base is None:
+            assert "it hung" in str(await vm.lost())
+        else:
+            vm.device = device
+            assert device.bases == {0: base}
+
+
+async def test_protocol_features_are_offered_as_before(autojump_clock: MockClock) -> None:
+    async with connected() as vm:
+        await vm.start(0)
+        before = await vm.ask(R.GET_PROTOCOL_FEATURES)
+        vm.device.fail(DIED)
+        assert await vm.ask(R.GET_PROTOCOL_FEATURES) == before
+        assert PF.STATUS in PF(int.from_bytes(before, "little"))
