@@ -75,6 +75,8 @@ class Client:
         self._lost: BridgeError | None = None
         #: Whether it was given up because it did not answer.
         self.hangs = False
+        #: Called with the reason when it is given up.
+        self.on_hang: Callable[[str], None] = lambda reason: None
         #: Called for CONFIG_CHANGE_MSG.
         self.on_config_change: Callable[[], None] = lambda: None
 
@@ -221,6 +223,7 @@ class Client:
         )
         if self._lost is None:
             self._lost, self.hangs = lost, True
+            self.on_hang(str(lost))
             self._channel.close()
         raise self._lost
 

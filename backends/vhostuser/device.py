@@ -82,6 +82,7 @@ class VhostUserDevice(Device):
         self._config_read = 0
         self.capabilities = capabilities
         client.on_config_change = self._config_change
+        client.on_hang = self.fail
 
     @property
     def hangs(self) -> bool:

@@ -71,6 +71,25 @@ def test_back_end_killed_at_any_moment_is_started_again(image: Path, tmp_path: P
     blkio.verify_file(image, **options)
 
 
+def test_back_end_that_hangs_is_killed_and_started_again(image: Path, tmp_path: Path) -> None:
+    """Stopped under a verified load, and noticed when it is asked something."""
+    options: dict[str, object] = {"size": 4 << 20, "state": tmp_path / "state", "seed": 35}
+    with starting(image, tmp_path, "--shadow") as bridge:
+        blkio.run(bridge.listen, "fill", **options)
+        with blkio.start(bridge.listen, "write-read", depth=8, seconds=3, **options) as client:
+            client.wait_for_output(blkio.RUNNING)
+            bridge.wait_for_output("running vrings", start=bridge.output.rindex("connected"))
+            pid = bridge.status().backend_pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            bridge.command("suspend", check=False)
+            log = bridge.wait_for_output(f"killing the back-end (pid {pid}): it hangs")
+            bridge.wait_for_output("running vrings", start=log)
+            blkio.finish(client)
+        blkio.run(bridge.listen, "verify", **options)
+    blkio.verify_file(image, **options)
+
+
 def test_back_end_ends_after_its_device_has_stopped(image: Path, tmp_path: Path) -> None:
     """SIGTERM to the daemon: what was in flight is done, then the back-end is told to end."""
     options: dict[str, object] = {"size": 4 << 20, "state": tmp_path / "state", "seed": 34}

@@ -45,6 +45,10 @@ class Qmp:
             else:
                 return message["return"]
 
+    def timeout(self, seconds: float) -> None:
+        """Answers must come within that time from now on."""
+        self._socket.settimeout(seconds)
+
     def wait_for_event(self, name: str) -> dict[str, Any]:
         """Return the next event of that name, one that has come already included."""
         while True:

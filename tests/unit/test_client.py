@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.unit.fakes import Frame, RawPeer, eventfd, frame, state, u64
-from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
+from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost, Unanswered
 from vhostbridge.backends.vhostuser.client import Client
 from vhostbridge.backends.vhostuser.messages import U64, ProtocolFeature, Request, VringState
 
@@ -343,3 +343,32 @@ async def test_a_refused_reverse_channel_leaves_no_descriptor() -> None:
         await peer.send(frame(got.request, u64(1), 5))
         await wait_all_tasks_blocked()
         assert "refused SET_BACKEND_REQ_FD" in outcome[0]
+
+
+async def test_a_back_end_that_does_not_answer_is_given_up(autojump_clock: MockClock) -> None:
+    """The request that waits and all later ones fail; what comes then is not listened to."""
+    reasons: list[str] = []
+    async with connected() as (client, peer, _):
+        client.on_hang = reasons.append
+        began = trio.current_time()
+        with pytest.raises(Unanswered, match="did not answer GET_FEATURES within 10 s"):
+            await client.request(Request.GET_FEATURES)
+        assert trio.current_time() == began + 10
+        assert client.hangs and len(reasons) == 1
+        with pytest.raises(Unanswered):
+            await client.request(Request.GET_FEATURES)
+        await asked(peer)
+        assert await peer.receive() is None
+
+
+async def test_a_vring_may_take_longer_to_stop(autojump_clock: MockClock) -> None:
+    """Requests in flight are completed first."""
+    async with connected() as (client, peer, nursery):
+
+        async def answer() -> None:
+            await asked(peer)
+            await trio.sleep(25)
+            await peer.send(frame(Request.GET_VRING_BASE, state(3, 7), 0x5))
+
+        nursery.start_soon(answer)
+        assert (await client.stop_vring(3)).num == 7
