@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from vhostbridge.backends.errors import StateError, Unsupported
+from vhostbridge.backends.errors import StateError
+from vhostbridge.backends.fds import new_eventfd
 
 from .recovery import last_state, moved_on
 from .shadow import ShadowDevice
+from .shadow_rings import GuestMap, ShadowRings
 
 if TYPE_CHECKING:
-    from vhostbridge.backends.device import Device, MemoryRegion
+    from vhostbridge.backends.device import Device, MemoryRegion, VringSetup
+    from vhostbridge.backends.inflight import InflightBuffer
     from vhostbridge.backends.state import DeviceState
 
-    from .shadow_rings import ShadowRings
     from .vring import FrontendVring
 
 
@@ -33,8 +35,6 @@ class Absence:
         self._device: Device | None = None
         # Shadow vrings of a device that is gone.
         self._in_flight: ShadowRings | None = None
-        # Where its vrings are without them.
-        self._settled: dict[int, int] = {}
 
     def notice(
         self,
@@ -100,13 +100,28 @@ class Absence:
 
     # Its requests in flight
 
-    def settles(self) -> bool:
-        """Whether a vring can stop now: what is in flight there is the last that was fetched."""
+    def recall(
+        self,
+        features: int,
+        vrings: Sequence[VringSetup],
+        regions: Sequence[MemoryRegion],
+        buffer: InflightBuffer,
+    ) -> None:
+        """Read from the front-end's buffer what is in flight, if nobody here knows it.
+
+        Raises:
+            PeerError: it is not a buffer of these vrings.
+        """
+        if self._in_flight is not None or not vrings:
+            return
+        # Until these are settled, or belong to a device, they touch neither.
+        memory, broken = GuestMap(), new_eventfd()
         try:
-            self._settled = dict(self.settle())
-        except Unsupported:
-            return False
-        return True
+            memory.update(regions)
+            self._in_flight = ShadowRings(features, vrings, memory, 0, broken, buffer)
+        finally:
+            memory.close()
+            broken.close()
 
     def settle(self) -> Mapping[int, int]:
         """Count requests in flight as not fetched; where each vring is then, if there are any.
@@ -114,11 +129,11 @@ class Absence:
         Raises:
             Unsupported: later requests overtook them. They stay, for another device to complete.
         """
+        bases: dict[int, int] = {}
         if self._in_flight is not None:
             self._in_flight.settle()
-            self._settled = {i: v.base or 0 for i, v in self._in_flight.vrings.items()}
+            bases = {i: v.base or 0 for i, v in self._in_flight.vrings.items()}
             self.give_up_requests()
-        bases, self._settled = self._settled, {}
         return bases
 
     def give_up_requests(self) -> None:

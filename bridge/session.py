@@ -189,6 +189,8 @@ class Session:
                     return device.failure
                 continue
             await either(device.failed, self._replaced)
+            if not device.failed.is_set():
+                continue
             async with self.lock:
                 if self.device is device and not self._stand_in():
                     return device.failure
@@ -202,7 +204,8 @@ class Session:
         lost = self.device
         lost.on_config_change = lambda: None
         ran = not self.held and any(vring.running for vring in self.vrings.values())
-        self.device = StandIn(lost, self.absence, running=ran)
+        self.device = StandIn(lost, self.absence, self.memory.regions, running=ran)
+        self.use_inflight(self.inflight)
         return True
 
     @property

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from vhostbridge.backends.device import Device, MemoryRegion, VringSetup
 from vhostbridge.backends.errors import BridgeError, Unsupported
-from vhostbridge.backends.lifecycle import State, Verb, step
+from vhostbridge.backends.inflight import InflightBuffer
+from vhostbridge.backends.lifecycle import How, State, Verb, step
 from vhostbridge.backends.vhostuser.messages import Config, Request
 
 if TYPE_CHECKING:
@@ -32,10 +33,18 @@ class StandIn(Device):
     Args:
         lost: the device that went away; what it offers is offered still.
         absence: where it was; kept in step with what becomes of the vrings meanwhile.
+        regions: the guest's memory.
         running: whether vrings ran in it.
     """
 
-    def __init__(self, lost: Device, absence: Absence, *, running: bool = False) -> None:
+    def __init__(
+        self,
+        lost: Device,
+        absence: Absence,
+        regions: Sequence[MemoryRegion] = (),
+        *,
+        running: bool = False,
+    ) -> None:
         super().__init__()
         self.transport = lost.transport
         self.info, self.capabilities = lost.info, lost.capabilities
@@ -45,6 +54,8 @@ class StandIn(Device):
         self.absence = absence
         self._vrings: dict[int, VringSetup] = {}
         self._running: set[int] = set()
+        self._regions = regions
+        self._inflight: InflightBuffer | None = None
         # Whose internal state the vrings' positions need beside them.
         self._owner: str | None = None
         if absence.state is not None and absence.state.vrings:
@@ -60,7 +71,10 @@ class StandIn(Device):
             assert isinstance(payload, Config)
             return self.absence.config_at(payload.offset, len(payload.data)) is not None
         if message.request == Request.GET_VRING_BASE:
-            return self.absence.settles()
+            return self._settles()
+        if message.request == Request.GET_INFLIGHT_FD:
+            # A back-end that keeps one makes it itself.
+            return self.capabilities.inflight.how is not How.NATIVE
         return message.request != Request.SET_CONFIG
 
     # Another device, or process, goes on where this one is.
@@ -97,6 +111,7 @@ class StandIn(Device):
                 f"{self.info.target} takes {self.info.region_max} memory regions, the guest has "
                 f"{len(regions)}"
             )
+        self._regions = regions
 
     async def run(self, features: int, vrings: Sequence[VringSetup]) -> None:
         wanted = {vring.index: self._with_base(vring) for vring in vrings}
@@ -130,8 +145,19 @@ class StandIn(Device):
         self._running.clear()
         self.state = after
 
-    # Requests in flight in shadow vrings count as not fetched.
+    # Whether a vring can stop now: what is in flight there is the last that was fetched.
+    def _settles(self) -> bool:
+        try:
+            self._settle()
+        except BridgeError:
+            return False
+        return True
+
+    # Requests in flight count as not fetched.
     def _settle(self) -> None:
+        if self._inflight is not None:
+            vrings = list(self._vrings.values())
+            self.absence.recall(self.features, vrings, self._regions, self._inflight)
         bases = self.absence.settle()
         if bases:
             for index, base in bases.items():
@@ -163,6 +189,16 @@ class StandIn(Device):
     async def set_enabled(self, index: int, enabled: bool) -> None:
         if vring := self._vrings.get(index):
             self._vrings[index] = replace(vring, enabled=enabled)
+
+    async def make_inflight(self, queues: int, queue_size: int, *, packed: bool) -> InflightBuffer:
+        if self.capabilities.inflight.how is not How.EMULATED:
+            return await super().make_inflight(queues, queue_size, packed=packed)
+        return InflightBuffer.make(queues, queue_size, packed=packed)
+
+    def use_inflight(self, buffer: InflightBuffer | None, *, leave: bool = False) -> None:
+        if not self.capabilities.inflight:
+            super().use_inflight(buffer, leave=leave)
+        self._inflight = buffer
 
     async def log_writes(self, log: DirtyLog | None, used: Mapping[int, int]) -> None:
         """Nothing is written."""

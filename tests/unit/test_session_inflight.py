@@ -196,3 +196,51 @@ def test_vring_that_the_buffer_has_no_room_for_is_refused(index: int, size: int,
         assert second - first == 1088
         with pytest.raises(PeerError, match=text):
             buffer.region(index, size, packed=False)
+
+
+async def start_noted(vm: FrontEnd, base: int) -> OwnedFd:
+    """Start vring 0 with a new buffer."""
+    payload, buffer = await get_buffer(vm, queue_size=256)
+    await vm.ack(R.SET_INFLIGHT_FD, payload, buffer)
+    await vm.set_ring(0, base)
+    await vm.enable(0)
+    await vm.settle()
+    return buffer
+
+
+def in_flight(buffer: OwnedFd) -> list[int]:
+    """The heads that the first vring's region of a buffer says are in flight."""
+    return [head for head in range(256) if os.pread(buffer.fileno(), 1, 16 + 16 * head)[0]]
+
+
+async def test_while_the_device_is_away_another_front_end_gets_a_buffer() -> None:
+    async with connected(Noting()) as vm:
+        await vm.start(0, protocol=PROTOCOL)
+        vm.device.fail("its process died")
+        assert await vm.base(0) == 0
+        await start_noted(vm, 0)
+        device = vm.device = Noting()
+        await vm.session.attach(device)
+        assert device.used == [(256, False)]
+        assert device.bases == {0: 0}
+
+
+@pytest.mark.parametrize("heads", [[5, 9], [9, 5]], ids=["in order", "another order"])
+async def test_vring_that_stops_while_its_device_is_away_has_nothing_in_flight(
+    heads: list[int],
+) -> None:
+    """What the buffer tells was fetched is fetched again, once: the buffer forgets it."""
+    async with connected(Noting()) as vm:
+        await vm.set_up(protocol=PROTOCOL)
+        used, available = 7, 9
+        os.pwrite(vm.memory.fileno(), struct.pack("<HH", 0, available), 0x11000)
+        os.pwrite(vm.memory.fileno(), struct.pack("<2H", *heads), 0x11000 + 4 + 2 * used)
+        os.pwrite(vm.memory.fileno(), struct.pack("<HH", 0, used), 0x12000)
+        vm.device.fail("its process died")
+        buffer = await start_noted(vm, used)
+        # As another back-end left it: version, descriptors, and what was given back last.
+        os.pwrite(buffer.fileno(), struct.pack("<QHHHH", 0, 1, 256, 0, used), 0)
+        for counter, head in enumerate(heads, 1):
+            os.pwrite(buffer.fileno(), struct.pack("<B7xQ", 1, counter), 16 + 16 * head)
+        assert await vm.base(0) == used
+        assert in_flight(buffer) == []
