@@ -47,7 +47,7 @@ def test_schema_accepts_files_of_released_versions(path: Path) -> None:
     assert accepts(path.read_bytes())
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(states())
 def test_schema_accepts_whatever_is_written(state: DeviceState) -> None:
     assert accepts(save(state, [b"1", b"2"] if state.internal_owner is not None else []))

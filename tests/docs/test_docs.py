@@ -51,7 +51,8 @@ def test_lifecycle_of_the_documents_is_that_of_the_code() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+    "path",
+    sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]),
 )
 def test_links_between_documents_lead_somewhere(path: str) -> None:
     text = (ROOT / path).read_text()

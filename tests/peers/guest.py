@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -67,8 +67,9 @@ class GuestError(Exception):
 class Guest(Process):
     """A guest with shared memory; on entry it is waited for until it takes commands.
 
-    `arguments` are QEMU's for the devices under test. Its console is the process's output. With
-    `incoming` it does not boot but waits for another one's migration.
+    `arguments` are QEMU's for the devices under test, or for the whole machine if they say which.
+    Its console is the process's output. With `incoming` it does not boot but waits for a migration
+    of another one. `launch` tells the command that runs that of QEMU.
     """
 
     def __init__(
@@ -78,8 +79,9 @@ class Guest(Process):
         memory_mib: int = 256,
         cpus: int = 2,
         incoming: bool = False,
+        launch: Callable[[Sequence[str]], list[str]] | None = None,
     ) -> None:
-        self._incoming = incoming
+        self._incoming = incoming or "-incoming" in arguments
         if incoming:
             arguments = [*arguments, "-incoming", "defer"]
         self.qmp = Qmp()
@@ -87,8 +89,9 @@ class Guest(Process):
         with agent:
             inherited = (self.qmp.remote.fileno(), agent.fileno())
             argv = _qemu_argv(arguments, inherited, memory_mib=memory_mib, cpus=cpus)
-            command = peer_argv(argv, die_with_parent=True)
-            super().__init__(command, name="qemu", pass_fds=inherited)
+            command = launch(argv) if launch else peer_argv(argv, die_with_parent=True)
+            children = launch is not None  # QEMU may be one
+            super().__init__(command, name="qemu", pass_fds=inherited, children=children)
 
     def __enter__(self) -> Self:
         try:
@@ -186,11 +189,14 @@ def _qemu_argv(
 ) -> list[str]:
     monitor, agent = inherited
     root = ensure_root()
-    return [
-        *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
+    machine = (
         *("-machine", "q35,memory-backend=mem", *ACCELERATORS[accelerator()]),
         *("-smp", str(cpus), "-m", f"{memory_mib}M,slots=4,maxmem=4G"),
         *("-object", f"memory-backend-memfd,id=mem,size={memory_mib}M,share=on"),
+    )
+    return [
+        *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
+        *(() if "-machine" in arguments else machine),
         *("-kernel", str(root / "boot" / f"vmlinuz-{kernel_release(root)}")),
         *("-initrd", str(guest_archive()), "-append", " ".join(KERNEL_COMMAND_LINE)),
         *("-serial", "stdio", "-chardev", f"socket,id=agent,fd={agent}"),

@@ -33,6 +33,7 @@ class Process:
 
     As a context manager it is killed on exit, if it still runs; a test that fails gets the end of
     its output as a note. Start it from the main thread: it dies with the thread that started it.
+    With `children` those are killed with it.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Process:
         name: str = "",
         pass_fds: Sequence[int] = (),
         env: Mapping[str, str] | None = None,
+        children: bool = False,
     ) -> None:
+        self._children = children
         self.name = name or Path(argv[0]).name
         self._popen = subprocess.Popen(
             list(map(str, argv)),
@@ -133,6 +136,8 @@ class Process:
 
     def kill(self) -> None:
         """End it at once, as `kill -9` does; nothing when it has ended."""
+        if self._children and self._popen.poll() is None:
+            os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.kill()
         self._popen.wait()
         self._reader.join()

@@ -24,7 +24,9 @@ SUITE = "trixie"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 SUITE_KEY = Path(f"/usr/share/keyrings/debian-archive-{SUITE}-stable.gpg")
 
-HOST_PACKAGES = ("debian-archive-keyring", "e2fsprogs", "iproute2", "mmdebstrap", "util-linux")
+HOST_PACKAGES = (
+    *("debian-archive-keyring", "e2fsprogs", "iproute2", "jq", "mmdebstrap", "util-linux"),
+)
 
 PACKAGES = (
     # front-ends and back-ends
@@ -122,20 +124,31 @@ def root_folder() -> Path:
 
 
 def _debootstrap(folder: Path) -> None:
+    options = [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
+    _mmdebstrap("apt", options, PACKAGES, folder)
+
+
+def extract(packages: Sequence[str], folder: Path) -> None:
+    """Unpack packages and what they depend on into a new folder, without setting them up."""
+    _mmdebstrap("extract", [], packages, folder)
+
+
+def _mmdebstrap(
+    variant: str, options: Sequence[str], packages: Sequence[str], folder: Path
+) -> None:
     # Proxies, certificates and clock settings of this machine's apt hold for the tree's too.
     own = re.findall(
         r'^(Acquire::(?:https?|Check-|Retries|ForceIPv)\S*) "(.+)";$',
         checked(["apt-config", "dump"]),
         flags=re.MULTILINE,
     )
-    options = [f'--aptopt={name} "{value}"' for name, value in own]
-    options += [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
     checked(
         [
             *PRIVATE,  # so that no mount is left if this ends early
-            *("mmdebstrap", "--mode=root", "--variant=apt", "--format=directory"),
+            *("mmdebstrap", "--mode=root", f"--variant={variant}", "--format=directory"),
             *('--aptopt=APT::Install-Recommends "false"', *options),
-            *(f"--include={' '.join(PACKAGES)}", SUITE, str(folder)),
+            *(f'--aptopt={name} "{value}"' for name, value in own),
+            *(f"--include={' '.join(packages)}", SUITE, str(folder)),
             f"deb [signed-by={KEYRING}] {debian_mirror()} {SUITE} main",
         ]
     )

@@ -12,9 +12,11 @@ from pathlib import Path
 
 from tests.peers.build import build_peer
 from tests.rig.job import Completed
+from tests.rig.report import REPOSITORY
 from tests.rig.vm import Vm
 
 GUEST = Path(__file__).parent / "guest"
+FOLLOWING = ("blocks.py", "follow.py")  # how documents are read
 PASSED_ON = ("VHOST_BRIDGE_SOAK",)
 SECONDS = 1000.0  # for a check; the guest has deadlines of its own, which tell more
 
@@ -41,8 +43,17 @@ class GuestChecks:
             self.vm.share_host / "tests/vm/guest",
             ignore=shutil.ignore_patterns("__pycache__"),
         )
+        self._copy_documents()
         shutil.copy(build_peer("blkio_verify.c"), self.vm.share_host / "tests/blkio_verify")
         self.vm.run("mkdir -p /run/checks && cp -r /rig/tests /run/checks/")
+
+    def _copy_documents(self) -> None:
+        tests = self.vm.share_host / "tests"
+        shutil.copytree(REPOSITORY / "docs", tests / "pages/docs")
+        shutil.copy(REPOSITORY / "README.md", tests / "pages")
+        (tests / "docs").mkdir()
+        for name in FOLLOWING:
+            shutil.copy(REPOSITORY / "tests/docs" / name, tests / "docs")
 
     def require(self, module: str, name: str) -> None:
         """Fail with what the guest said unless the check has passed."""

@@ -1,0 +1,32 @@
+"""Sections of the documents whose commands the guides' tests do not follow, and why."""
+
+from __future__ import annotations
+
+HARDWARE = "the test machine has no such card"
+NO_PACKAGE = "Debian has no package of it, and the test machine has no KVM"
+RUNNERS = "they are what runs the tests"
+
+#: Section: the test that does what its commands do.
+BY_OTHER_TESTS: dict[str, str] = {
+    "docs/conformance.md": "tests/host/test_conform.py::test_storage_daemon_that_is_read",
+    "docs/migration.md#with-qemu": (
+        "tests/host/test_live_migration.py::test_guest_moves_there_and_back_under_load"
+    ),
+    # With systemd for what the guide of virtiofsd does by hand.
+    "docs/moving.md#when-the-back-end-goes-away": "tests/host/test_guides.py::test_virtiofsd",
+    "docs/serving.md#completion": (
+        "tests/unit/test_cli.py::test_completion_scripts_call_the_command"
+    ),
+    "docs/service.md": "tests/host/test_service.py::test_unit_is_one_that_systemd_takes",
+}
+#: Section: why no test runs its commands.
+NOT_RUN: dict[str, str] = {
+    "README.md#try-it": RUNNERS,
+    "docs/guides/cloud-hypervisor.md#disk": NO_PACKAGE,
+    "docs/guides/cloud-hypervisor.md#network-card": NO_PACKAGE,
+    "docs/guides/cloud-hypervisor.md#shared-folder": NO_PACKAGE,
+    "docs/guides/dpdk.md#open-vswitch": "Open vSwitch is not in the rig's tree",
+    "docs/guides/mlx5.md#a-device": HARDWARE,
+    "docs/testing.md#fuzzing": RUNNERS,
+    "docs/testing.md#the-rig": RUNNERS,
+}

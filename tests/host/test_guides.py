@@ -1,0 +1,76 @@
+"""The guides' commands, run as they are written."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.docs.blocks import section
+from tests.peers.process import eventually
+from tests.rig.layer import libvirt_layer
+from tests.rig.report import REPOSITORY
+
+from .reader import Reader
+
+
+@pytest.fixture
+def reader() -> Iterator[Reader]:
+    with Reader() as person:
+        yield person
+
+
+def test_qemu(reader: Reader) -> None:
+    """A guest with a disk, a network card and a shared folder, each behind a bridge."""
+    image = os.urandom(32 << 20)
+    reader.place.path("/srv/vm1.img").write_bytes(image)
+    reader.place.path("/srv/shared").mkdir()
+    reader.place.path("/srv/shared/a file").write_text("content")
+    *before, qemu = reader.commands("docs/guides/qemu.md#disk")
+    for command in before:
+        reader.do(command)
+    options = []
+    for name in ("docs/guides/qemu.md#network-card", "docs/guides/qemu.md#shared-folder"):
+        reader.follow(name)
+        options += [x.text for x in reader.commands(name) if x.where == "options"]
+    guest = reader.boot(qemu, " ".join(options))
+    reader.follow("docs/guides/qemu.md#what-to-check")
+    assert guest.run("cat '/mnt/a file'") == "content"
+
+
+def test_virtiofsd(reader: Reader) -> None:
+    """A shared folder whose virtiofsd is replaced while the guest has a file open."""
+    reader.place.path("/srv/shared").mkdir()
+    reader.place.path("/srv/shared/hello").write_text("Hello from the host\n")
+    server, bridge, qemu, *guest = reader.commands("docs/guides/virtiofsd.md#a-folder-in-a-guest")
+    reader.do(server)
+    reader.do(bridge)
+    machine = reader.boot(qemu)
+    for command in guest:
+        reader.do(command)
+    machine.begin("exec 3</mnt/hello; sleep 3; cat <&3")
+    reader.follow("docs/guides/virtiofsd.md#replace-virtiofsd-under-the-guest")
+    assert machine.end() == "Hello from the host"
+
+
+def test_dpdk(reader: Reader) -> None:
+    reader.follow("docs/guides/dpdk.md#virtio-user-to-a-back-end")
+    log = reader.place.path("/srv/user.log")
+    eventually(lambda: log.exists() and "RX-packets: " in log.read_text(), "counters")
+    eventually(lambda: re.search(r"RX-packets: [1-9]", log.read_text()) is not None, "frames")
+    reader.follow("docs/guides/dpdk.md#what-to-check")
+
+
+def test_libvirt() -> None:
+    """The guide's domain, checked by libvirt's schema and started by libvirt."""
+    with Reader(libvirt_layer()) as reader:
+        reader.place.path("/srv/vm1.img").write_bytes(bytes(32 << 20))
+        reader.place.path("/srv/shared").mkdir()
+        (domain,) = section(REPOSITORY, "docs/guides/libvirt.md#the-domain")
+        reader.write("vm1.xml", domain.text)
+        reader.start_libvirt()
+        reader.follow("docs/guides/libvirt.md#bridges-and-domain")
+        reader.follow("docs/guides/libvirt.md#what-to-check")
+        reader.follow("docs/guides/libvirt.md#the-end-of-it")
