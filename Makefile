@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard native/*.c native/*.h native/ffi_build.py)
 
-.PHONY: help demo test check fuzz soak bench vm-shell setup man clean
+.PHONY: help demo test check fuzz soak bench vm-shell setup man deb clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -36,6 +36,9 @@ vm-shell: setup  ## a shell in the test virtual machine
 
 man: $(STAMP)  ## man pages, into man/
 	@$(BIN)/python packaging/man.py man
+
+deb: $(STAMP)  ## the Debian packages, into dist/
+	@$(BIN)/python -m tests.rig.deb dist
 
 # Tests start the daemon hundreds of times; with PYTHONDONTWRITEBYTECODE set it would compile each time.
 setup: $(STAMP)

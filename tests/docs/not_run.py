@@ -5,6 +5,8 @@ from __future__ import annotations
 HARDWARE = "the test machine has no such card"
 NO_PACKAGE = "Debian has no package of it, and the test machine has no KVM"
 RUNNERS = "they are what runs the tests"
+#: Under systemd, with the Debian package.
+PACKAGE = "tests/vm/test_guest.py::test_in_the_guest"
 
 #: Section: the test that does what its commands do.
 BY_OTHER_TESTS: dict[str, str] = {
@@ -17,7 +19,9 @@ BY_OTHER_TESTS: dict[str, str] = {
     "docs/serving.md#completion": (
         "tests/unit/test_cli.py::test_completion_scripts_call_the_command"
     ),
-    "docs/service.md": "tests/host/test_service.py::test_unit_is_one_that_systemd_takes",
+    "docs/service.md#installing": PACKAGE,
+    "docs/service.md#starting-by-a-socket": PACKAGE,
+    "docs/service.md#journal": PACKAGE,
 }
 #: Section: why no test runs its commands.
 NOT_RUN: dict[str, str] = {

@@ -28,14 +28,14 @@ exec python3 -m vhostbridge "$@"
 
 def build_wheel() -> Path:
     """Return the wheel of the working tree as it is now, built if none of the same is cached."""
-    folder = cache_folder() / f"wheel-{_digest()}"
+    folder = cache_folder() / f"wheel-{digest_of()}"
     with locked("wheel"):
         if not folder.is_dir():
             with (
                 step("wheel of the working tree"),
                 tempfile.TemporaryDirectory(dir=cache_folder()) as name,
             ):
-                _copy_sources(Path(name) / "source")
+                copy_sources(Path(name) / "source")
                 isolation = ["--no-build-isolation"] if _can_build() else []
                 wheels = ["--no-deps", "--wheel-dir", f"{name}/wheel", f"{name}/source"]
                 run_pip(["wheel", *isolation, *wheels])
@@ -66,25 +66,27 @@ def _can_build() -> bool:
     return int(setuptools.split(".")[0]) >= 77 and bool(cffi)
 
 
-def _files() -> Iterator[Path]:
-    for name in SOURCES:
-        top = REPOSITORY / name
-        for path in (top, *sorted(top.rglob("*"))) if top.is_dir() else (top,):
-            ignored = LEFT_OVERS(str(path.parent), [*path.relative_to(REPOSITORY).parts])
-            if not ignored and (path.is_symlink() or path.is_file()):
-                yield path
-
-
-def _digest() -> str:
+def digest_of(*more: str) -> str:
+    """Return what tells the sources, and `more` of the repository's files, from others."""
     digest = hashlib.sha256()
-    for path in _files():
+    for path in _files(*more):
         content = bytes(path.readlink()) if path.is_symlink() else path.read_bytes()
         digest.update(f"{path.relative_to(REPOSITORY)} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:12]
 
 
-def _copy_sources(folder: Path) -> None:
-    for path in _files():
+def copy_sources(folder: Path, *more: str) -> None:
+    """Copy the sources, and `more` of the repository's files and folders, without left-overs."""
+    for path in _files(*more):
         copy = folder / path.relative_to(REPOSITORY)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, copy, follow_symlinks=False)
+
+
+def _files(*more: str) -> Iterator[Path]:
+    for name in (*SOURCES, *more):
+        top = REPOSITORY / name
+        for path in (top, *sorted(top.rglob("*"))) if top.is_dir() else (top,):
+            ignored = LEFT_OVERS(str(path.parent), [*path.relative_to(REPOSITORY).parts])
+            if not ignored and (path.is_symlink() or path.is_file()):
+                yield path
