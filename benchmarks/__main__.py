@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from . import host, hostile, migration, model, recovery, shadow, svq, trace, vm
+from . import host, hostile, migration, model, recovery, shadow, svq, switch, trace, vm
 
 PARTS = {
     "host": host.measure,
@@ -14,6 +14,7 @@ PARTS = {
     "recovery": recovery.measure,
     "shadow": shadow.measure,
     "svq": svq.measure,
+    "switch": switch.measure,
     "trace": trace.measure,
     "vm": vm.measure,
 }
