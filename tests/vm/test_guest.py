@@ -11,6 +11,7 @@ SOAK = (
     "front_ends_killed_at_any_point",
     "libblkio_killed_at_any_point",
     "front_end_killed_at_any_moment_goes_on",
+    "daemon_killed_at_any_moment_loses_no_write",
     "libblkio_suspended_at_any_moment",
     "numbered_frames_over_suspends",
     "shadow_vrings_come_and_go_under_load",
