@@ -15,7 +15,9 @@ BY_OTHER_TESTS: dict[str, str] = {
         "tests/host/test_live_migration.py::test_guest_moves_there_and_back_under_load"
     ),
     # With systemd for what the guide of virtiofsd does by hand.
-    "docs/moving.md#when-the-back-end-goes-away": "tests/host/test_guides.py::test_virtiofsd",
+    "docs/moving.md#when-the-back-end-goes-away": (
+        "tests/host/test_guides.py::test_qemu_and_virtiofsd"
+    ),
     "docs/serving.md#completion": (
         "tests/unit/test_cli.py::test_completion_scripts_call_the_command"
     ),
