@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .messages import GAP, entries, error_classes, known, logged, raised, words, written
+import re
+
+from .messages import GAP, ROOT, entries, error_classes, known, logged, raised, words, written
 
 PART = 0.5
 ENTRIES = list(entries())
@@ -38,6 +40,18 @@ def test_every_entry_is_of_the_sources() -> None:
 def test_every_entry_has_cause_and_cure() -> None:
     poor = [entry.line for entry in ENTRIES if not entry.cause or not entry.cure]
     assert poor == [], "lines of docs/errors.md"
+
+
+def test_messages_that_guides_quote_are_entries() -> None:
+    """In their tables of what goes wrong, behind `log:`."""
+    quotes = [
+        (f"{path.name}: {quote}", quote)
+        for path in sorted((ROOT / "docs/guides").glob("*.md"))
+        for log in re.findall(r"(?m)^\| [^|]*log: ([^|]*)", path.read_text())
+        for quote in re.findall(r"`([^`]+)`", log)
+    ]
+    assert len(quotes) > 5
+    assert [place for place, quote in quotes if not known(f"… {quote} …", ROWS, 1)] == []
 
 
 def test_messages_are_told_apart() -> None:
