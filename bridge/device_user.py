@@ -1,0 +1,339 @@
+"""What a front-end has set up of its device, and the device that is kept in step with it.
+
+vhost-vdpa wants everything before DRIVER_OK, front-ends come in several orders and some never say
+"start". So messages only change what is known here; ``apply`` brings the device to it, at
+DRIVER_OK, at the first kick, or when the front-end has fallen silent.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import trio
+
+from vhostbridge.backends.device import Device, VringSetup
+from vhostbridge.backends.dirty_log import DirtyLog
+from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
+from vhostbridge.backends.lifecycle import State, Status
+from vhostbridge.backends.vhostuser.messages import ProtocolFeature
+from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature
+
+from .absence import Absence
+from .departure import recognise
+from .incoming import Incoming, Origin, arriving, compare_features
+from .memory import MemoryTable
+from .offer import check_features
+from .stand_in import StandIn
+from .vring import FrontendVring
+
+if TYPE_CHECKING:
+    from vhostbridge.backends.inflight import InflightBuffer
+
+
+class DeviceUser:
+    """A front-end's vrings, memory and negotiated features, and when the device follows.
+
+    The device may be moved, go away and be replaced under it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: Device,
+        *,
+        lock: trio.Lock | None = None,
+        incoming: Incoming | None = None,
+        config: bytes = b"",
+    ) -> None:
+        self.name = name
+        self.device = device
+        #: Held by whoever works on the device.
+        self.lock = lock or trio.Lock()
+        #: A state that waits for its vrings.
+        self.incoming = incoming
+        #: Whether the operator suspended the device: the front-end can't start it meanwhile.
+        self.held = False
+        self.log = logging.LoggerAdapter(logging.getLogger("vhostbridge.session"), {"bridge": name})
+        self.features = 0
+        self.protocol = ProtocolFeature(0)
+        self.status = 0
+        self.memory = MemoryTable()
+        #: Where the front-end wants writes to be logged, while LOG_ALL is acknowledged.
+        self.log_to: DirtyLog | None = None
+        #: What the front-end keeps of requests in flight.
+        self.inflight: InflightBuffer | None = None
+        self.vrings: dict[int, FrontendVring] = {}
+        self.absence = device.absence if isinstance(device, StandIn) else Absence(config)
+        self._config_changed = trio.Event()
+        self._replaced = trio.Event()
+
+    @property
+    def packed(self) -> bool:
+        return bool(self.features & TransportFeature.RING_PACKED.mask)
+
+    def vring(self, index: int) -> FrontendVring:
+        """The record of a vring, made at its first mention.
+
+        Raises:
+            PeerError: the device has no such vring.
+        """
+        if index >= self.device.info.vring_limit:
+            raise PeerError(
+                f"vring {index} is beyond the {self.device.info.vring_limit} vrings of "
+                f"{self.device.info.target}"
+            )
+        if index not in self.vrings:
+            enabled = bool(self.features) and not self._enables_explicitly
+            self.vrings[index] = FrontendVring(index, enabled=enabled)
+        return self.vrings[index]
+
+    # Without bit 30 there is no SET_VRING_ENABLE: rings are enabled from SET_FEATURES on.
+    @property
+    def _enables_explicitly(self) -> bool:
+        return bool(self.features & TransportFeature.PROTOCOL_FEATURES.mask)
+
+    @property
+    def _may_start(self) -> bool:
+        if self.status & Status.DRIVER_OK:
+            return True
+        return any(v.enabled and v.ready for v in self.vrings.values())
+
+    @property
+    def _out_of_step(self) -> bool:
+        if self.held or self.device.failed.is_set():
+            return False
+        vrings = self.vrings.values()
+        if any(v.running for v in vrings) and self.device.state is State.SUSPENDED:
+            return True
+        return self._may_start and any(v.ready and not v.running for v in vrings)
+
+    async def apply(self) -> None:
+        """Make the device run what the front-end has set up, unless the operator holds it.
+
+        Raises:
+            PeerError: it does not go on where the incoming state stopped.
+            BridgeError: the device can't; it does not run.
+        """
+        if self.held:
+            return
+        may_start = self._may_start
+        vrings = [v for v in self.vrings.values() if v.running or (v.ready and may_start)]
+        if not vrings:
+            return
+        features = self.features & ~VHOST_ONLY_FEATURES
+        await recognise(self, features, vrings)
+        if self.incoming is not None:
+            compare_features(self.incoming.state, features)
+        setups = [self._setup(v) for v in vrings]
+        if self.incoming is None and all(v.begins(self.packed) for v in vrings):
+            self.device.new_driver()
+        await self.device.run(features, setups)
+        self.incoming = None
+        for vring in vrings:
+            vring.running, vring.base = True, None
+        self.log.info("%s: running vrings %s", self.name, ", ".join(str(v.index) for v in vrings))
+
+    def _setup(self, vring: FrontendVring) -> VringSetup:
+        setup = vring.setup(self.memory, self.packed)
+        return setup if self.incoming is None else arriving(self.incoming.state, setup, vring.base)
+
+    async def hold(self) -> None:
+        """Suspend the device for the operator; its front-end's requests wait.
+
+        Raises:
+            BridgeError: it can't be suspended; it runs as before.
+        """
+        ran = self.device.state is State.RUNNING
+        await self.device.suspend()
+        self.held = True
+        try:
+            self.absence.state = await self.device.capture()
+        except BridgeError:
+            self.held = False
+            if ran:
+                await self.device.resume()
+            raise
+
+    async def release(self) -> None:
+        """Go on after ``hold``, with all that the front-end changed meanwhile.
+
+        Raises:
+            BridgeError: the device can't; it stays suspended.
+        """
+        self.held = False
+        try:
+            await self.apply()
+        except BaseException:
+            self.held = True
+            raise
+
+    # Another device
+
+    # Put somebody in the place of a device that failed: whether that can be.
+    def _stand_in(self) -> bool:
+        if isinstance(self.device, StandIn):
+            return True
+        if not self.awaiting:
+            return False
+        lost = self.device
+        lost.on_config_change = lambda: None
+        ran = not self.held and any(vring.running for vring in self.vrings.values())
+        self.device = StandIn(lost, self.absence, self.memory.regions, running=ran)
+        self.use_inflight(self.inflight)
+        return True
+
+    @property
+    def awaiting(self) -> bool:
+        """Whether the device is gone and another one, from where it was, would do."""
+        if isinstance(self.device, StandIn):
+            return True
+        if not self.device.failed.is_set():
+            return False
+        absence = self.absence
+        absence.notice(self.device, self.vrings.values(), self.memory.regions, held=self.held)
+        return self.held or absence.state is not None
+
+    # What fails because the device went away is done again when there is another one.
+    async def _recovering(self, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except BridgeError:
+            if isinstance(self.device, StandIn) or not self._stand_in():
+                raise
+
+    async def attach(self, device: Device) -> None:
+        """Go over to ``device``, which takes the place of one that failed (``awaiting``).
+
+        It goes on where the other one was, unless the operator holds it. One that has state of its
+        own is RESET, to be loaded before ``release``.
+
+        Raises:
+            BridgeError: it does not take the guest's memory, or the features in use.
+        """
+        if not self._stand_in():
+            raise TransportLost(f"the device failed: {self.device.failure}")
+        check_features(device.info, self.features)
+        if self.device.hangs and not self.absence.look_again(self.memory.regions):
+            self.device.fail("it hung, and which requests it has done since is not known")
+            return
+        await device.set_memory(self.memory.regions)
+        self.absence.load(device)
+        await self._follow(device)
+        if await self._has_other_config(device):
+            self._config_changed.set()
+        try:
+            await self._recovering(self.apply)
+        except BridgeError as error:
+            self.absence.stays(device)
+            device.fail(str(error))
+
+    async def _has_other_config(self, device: Device) -> bool:
+        known = self.absence.config
+        with suppress(BridgeError):
+            return bool(known) and await device.read_config(0, len(known)) != known
+        return True
+
+    async def go_on(self) -> None:
+        """Begin with what another process left (``handover``), on a device in the same state.
+
+        Raises:
+            BridgeError: the device does not run.
+        """
+        self.device.on_config_change = lambda: None
+        self.use_inflight(self.inflight)
+        await self.update_log(self.log_to)
+        if self.held:
+            self.absence.state = await self.device.capture()
+        await self._recovering(self.apply)
+
+    async def move_to(self, device: Device) -> None:
+        """Go over to ``device``, which was loaded with the state of the suspended one before it.
+
+        Raises:
+            BridgeError: it does not run; it is this session's device nevertheless.
+        """
+        await self._follow(device)
+        if self.held:
+            self.absence.state = await device.capture()
+        await self.apply()
+
+    async def _follow(self, device: Device) -> None:
+        self.device.on_config_change = lambda: None
+        self.device = device
+        self._listen_to_device()
+        self._replaced.set()
+        self._replaced = trio.Event()
+        self.use_inflight(self.inflight)
+        await self.update_log(self.log_to)
+
+    def _listen_to_device(self) -> None:
+        self.device.on_config_change = lambda: self._config_changed.set()
+
+    # What else the device has to know
+
+    def use_inflight(self, buffer: InflightBuffer | None) -> None:
+        """Let the device note its requests in flight in ``buffer``, which becomes the session's.
+
+        Raises:
+            Unsupported: it does not know them; nothing changed.
+        """
+        leave = ProtocolFeature.GET_VRING_BASE_INFLIGHT in self.protocol
+        self.device.use_inflight(buffer, leave=leave)
+        old, self.inflight = self.inflight, buffer
+        if old is not None and old is not buffer:
+            old.close()
+
+    def forget_vrings(self) -> None:
+        """After a reset: vrings have no positions and don't run; their calls stay."""
+        for vring in self.vrings.values():
+            call, vring.call = vring.call, None
+            vring.stop(None)
+            vring.call = call
+            vring.enabled = False
+        self.use_inflight(None)
+        self.status = 0
+        self.held = False
+
+    async def stop_all(self) -> None:
+        """Suspend the device and remember where every vring stopped."""
+        for vring in self.vrings.values():
+            if vring.running:
+                vring.stop(await self.device.stop_vring(vring.index))
+
+    async def set_memory(self, table: MemoryTable) -> None:
+        """Replace guest memory; on failure the old table stays and the new one is the caller's."""
+        await self.device.set_memory(table.regions)
+        old, self.memory = self.memory, table
+        old.close_unused(table)
+
+    # The dirty log
+
+    async def update_log(self, log: DirtyLog | None) -> None:
+        """Bring logging in step with LOG_ALL and the vrings' addresses, with ``log`` as the log.
+
+        Raises:
+            BridgeError: the device does not log, or the log is too small; nothing changed.
+        """
+        wanted = bool(self.features & TransportFeature.LOG_ALL.mask)
+        if wanted and log is not None and not log.covers(self.memory.regions):
+            raise PeerError(
+                f"the dirty log of {log.size} bytes is too small for the guest's memory"
+            )
+        used = {
+            vring.index: place
+            for vring in self.vrings.values()
+            if vring.address is not None and (place := vring.address.log_place) is not None
+        }
+        await self.device.log_writes(log if wanted else None, used)
+        old, self.log_to = self.log_to, log
+        if old is not None and old is not log:
+            old.close()
+
+    @property
+    def left_behind(self) -> Incoming | None:
+        """The state that waits for the next front-end."""
+        waiting = self.incoming
+        return None if waiting is None or waiting.origin is Origin.FRONT_END else waiting
