@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import trio
 
-from vhostbridge.backends import check_backend, open_device
+from vhostbridge.backends import check_backend
 from vhostbridge.backends.device import Device
 from vhostbridge.backends.errors import (
     BridgeError,
@@ -19,8 +18,6 @@ from vhostbridge.backends.errors import (
     InvalidTransition,
     StateError,
     TargetError,
-    TransportLost,
-    Unanswered,
     find_bridge_error,
 )
 from vhostbridge.backends.fds import OwnedFd
@@ -35,9 +32,8 @@ from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
 
 from .absence import Absence
-from .backend_command import BackendCommand
+from .back_end import BackEnd, Opened
 from .config import BridgeConfig
-from .controlled import with_control
 from .endpoint import Endpoint, open_endpoint
 from .events import Events, Kind
 from .handlers import HANDLERS
@@ -46,24 +42,15 @@ from .incoming import Incoming, disagreements
 from .journal import Journal
 from .keeping import Keeper
 from .pauses import Reason
-from .quiet import either
 from .session import Session
-from .shadow import ShadowDevice, with_shadow
+from .shadow import ShadowDevice
 from .stand_in import StandIn
 from .state_transfer import Progress, load_device, misfits, save_device
 from .status import BridgeStatus, SwitchReport
 from .survey import survey
-from .switch import Opened, hindrances, switch
+from .switch import hindrances, switch
 
 _log = logging.getLogger("vhostbridge.daemon")
-
-# A back-end that went away is looked for this often, in seconds.
-RETRY = 0.5
-# One that we start ourselves is there soon.
-SOON = 0.05
-
-# How long a back-end to switch to, or one that was started, may take until it is there, in seconds.
-OPENING = 10.0
 
 
 class Bridge:
@@ -81,7 +68,6 @@ class Bridge:
         trace: Tracer = OFF,
         events: Events | None = None,
     ) -> None:
-        self.config = config
         self._keeper = keeper
         # What the process before this one left of a front-end.
         self._arrival: Arrival | None = None
@@ -91,21 +77,19 @@ class Bridge:
         self.name = config.name
         self.trace = trace
         self.journal = Journal(config.name, events, trace=trace)
-        self._opened: Opened | None = None
         self._session: Session | None = None
         self._front_end: int | None = None
         self._incoming: Incoming | None = None
         self._lock = trio.Lock()
-        self._there = trio.Event()
-        # The one that was there last.
-        self._lost: Device | None = None
-        # A process that we gave up and that may live on; 0 for none.
-        self._hung = 0
         self._config = b""
-        command = config.backend_command
-        self._command = BackendCommand(config.name, command) if command else None
-        # Shielded while a device is open: it is closed after its front-end has left.
-        self._keeping = trio.CancelScope()
+        self._back_end = BackEnd(
+            config, self._lock, self.journal, trace, self._take, self._tell_loss
+        )
+
+    @property
+    def config(self) -> BridgeConfig:
+        """What it was made with; after a switch, with another back-end."""
+        return self._back_end.config
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve front-ends until cancelled, or until an inherited connection ends.
@@ -116,9 +100,10 @@ class Bridge:
         endpoint = open_endpoint(self.config, self._keeper)
         self._arrival = self._arriving()
         try:
-            async with self._command_running(), trio.open_nursery() as nursery:
+            async with self._back_end.command_running(), trio.open_nursery() as nursery:
                 try:
-                    await nursery.start(self._keep_device)
+                    begin = self._load_incoming if self._arrival is None else None
+                    await nursery.start(self._back_end.keep, begin)
                     task_status.started()
                     if self._arrival is not None:
                         await self._go_on(self._arrival)
@@ -126,7 +111,7 @@ class Bridge:
                         await self._serve_one(sock)
                 finally:
                     # Last, and whoever cancels us: a front-end that leaves stops its device.
-                    self._keeping.cancel()
+                    self._back_end.stop()
         finally:
             if self._arrival is not None:
                 self._arrival.close()
@@ -137,90 +122,6 @@ class Bridge:
             with trio.CancelScope() as self._accepting:
                 return await endpoint.next()
         return None
-
-    # It starts before the device is opened, and ends after that is closed.
-    def _command_running(self) -> AbstractAsyncContextManager[None]:
-        return nullcontext() if self._command is None else self._command.running()
-
-    # Opens the device, and again whenever it failed; a front-end may wait for it.
-    async def _keep_device(self, task_status: trio.TaskStatus[None]) -> None:
-        told = ""
-        first = True
-        patience = trio.current_time() + (0 if self._command is None else OPENING)
-        with self._keeping:
-            async with trio.open_nursery() as self._devices:
-                while True:
-                    try:
-                        one: Opened = await self._devices.start(self._hold_open, self.config)
-                        self._keeping.shield = True
-                        if self._command is not None:
-                            self._command.served()
-                        await self._take(one)
-                        if first:
-                            if self._arrival is None:
-                                await self._load_incoming()
-                            first = False
-                            task_status.started()
-                        _log.info("%s: %s is ready", self.name, self.config.backend)
-                        self.journal.tell(Kind.BACK_END_READY, self.config.backend)
-                        told = ""
-                        await self._until_closed()
-                    except (BridgeError, BaseExceptionGroup) as error:
-                        cause = find_bridge_error(error)
-                        late = trio.current_time() >= patience
-                        absent = isinstance(cause, TargetError | TransportLost)
-                        starting = first and self._arrival is None
-                        if cause is None or (starting and (late or not absent)):
-                            raise
-                        if isinstance(cause, Unanswered) and self._command is not None:
-                            self._command.kill()
-                        # A front-end that is there already waits for as long as it takes.
-                        if first and not starting:
-                            first = False
-                            task_status.started()
-                        if str(cause) != told and not starting:
-                            told = str(cause)
-                            _log.warning("%s: waiting for the back-end: %s", self.name, cause)
-                    finally:
-                        self._keeping.shield = False
-                    await trio.sleep(RETRY if self._command is None else SOON)
-
-    # A switch may put another one in the place of the one that is waited for.
-    async def _until_closed(self) -> None:
-        while (one := self._opened) is not None:
-            await one.closed.wait()
-
-    # Keeps a device open until it fails or is let go.
-    async def _hold_open(self, config: BridgeConfig, task_status: trio.TaskStatus[Opened]) -> None:
-        one: Opened | None = None
-        try:
-            async with (
-                open_device(config.backend, config.device_id, self.trace) as opened,
-                with_control(opened, config.mac) as inner,
-                with_shadow(
-                    inner, config.tracking, always=config.shadow, journal=self.journal
-                ) as device,
-            ):
-                one = Opened(device, config)
-                task_status.started(one)
-                await either(device.failed, one.let_go)
-                if one is self._opened:
-                    _log.error("%s: the back-end failed: %s", self.name, device.failure)
-                    self.journal.failed(config.backend, device.failure)
-                    if device.hangs:
-                        self._hung = device.process
-                        if self._command is not None and config.backend_command:
-                            self._command.kill()
-                    self._lost = device
-                    await self._give_up_device()
-        except (BridgeError, BaseExceptionGroup) as error:
-            cause = find_bridge_error(error)
-            if cause is None or one is None:
-                raise
-            _log.warning("%s: closing %s: %s", self.name, config.backend, cause)
-        finally:
-            if one is not None:
-                one.closed.set()
 
     async def _load_incoming(self) -> None:
         path = self.config.incoming
@@ -235,32 +136,15 @@ class Bridge:
         if reasons:
             raise StateError(f"the state does not fit {self.config.backend}: {'; '.join(reasons)}")
 
-    async def _take(self, one: Opened) -> None:
-        self._check_hung(one)
-        async with self._lock:
-            self.journal.watch(one.device)
-            if self._session is not None and self._session.awaiting:
-                try:
-                    await self._session.attach(one.device)
-                except BaseException:
-                    one.let_go.set()
-                    raise
-            elif self._session is None:
-                await self._load_waiting(one.device)
-            self._opened = one
-            self._there.set()
+    async def _take(self, device: Device) -> None:
+        if self._session is None:
+            await self._load_waiting(device)
+        elif self._session.awaiting:
+            await self._session.attach(device)
 
-    # A back-end that hung and comes to life again writes to the guest's memory, while another one
-    # does. One that serves us anew has done with what was before.
-    def _check_hung(self, one: Opened) -> None:
-        hung, self._hung = self._hung, 0
-        if hung in (0, one.device.process) or not Path(f"/proc/{hung}").exists():
-            return
-        self._hung = hung
-        one.let_go.set()
-        raise TargetError(
-            f"process {hung}, which hangs, can still write to the guest's memory", "end it"
-        )
+    def _tell_loss(self) -> None:
+        if self._session is not None and self._session.awaiting:
+            _log.info("%s: the front-end waits for the back-end", self.name)
 
     # A state that waits for a front-end can wait in another device, if all of it is known here.
     async def _load_waiting(self, device: Device) -> None:
@@ -276,30 +160,17 @@ class Bridge:
         else:
             device.load(state)
 
-    # With the lock: nobody works on it any more when it is closed.
-    async def _give_up_device(self) -> None:
-        async with self._lock:
-            if self._session is not None and self._session.awaiting:
-                _log.info("%s: the front-end waits for the back-end", self.name)
-            self._opened = None
-            self._there = trio.Event()
-            self.journal.watch(None)
-
-    async def _available(self) -> Device:
-        while self._opened is None:
-            await self._there.wait()
-        return self._opened.device
-
     # The device, or somebody in its place; ``None`` before the first one was there.
     def _device(self) -> Device | None:
-        if self._opened is not None:
-            return self._opened.device
-        return None if self._lost is None else StandIn(self._lost, Absence(self._config))
+        if self._back_end.device is not None:
+            return self._back_end.device
+        lost = self._back_end.lost
+        return None if lost is None else StandIn(lost, Absence(self._config))
 
     async def _serve_one(self, sock: trio.socket.SocketType) -> None:
         channel = Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end", trace=self.trace)
-        while self._device() is None:
-            await self._there.wait()
+        if self._device() is None:
+            await self._back_end.available()
         async with self._lock:
             device = self._device()
             assert device is not None
@@ -355,7 +226,7 @@ class Bridge:
             return None
 
     async def _go_on(self, arrival: Arrival) -> None:
-        device = await self._available()
+        device = await self._back_end.available()
         self._arrival = None
         channel = arrival.channel(self.trace)
         session = Session(
@@ -405,12 +276,11 @@ class Bridge:
 
     def status(self) -> BridgeStatus:
         """What is known at this moment, from the device, the front-end and guest memory."""
-        device = None if self._opened is None else self._opened.device
-        pid = None if self._command is None else self._command.pid
+        device = self._back_end.device
         known = survey(
             self.config, device, self._session, self._front_end, self._incoming, self.journal
         )
-        return replace(known, backend_pid=pid)
+        return replace(known, backend_pid=self._back_end.pid)
 
     async def suspend(self) -> None:
         """Freeze the device; its front-end stays connected and its requests wait.
@@ -509,10 +379,7 @@ class Bridge:
         )
         report = SwitchReport()
         began = trio.current_time()
-        with trio.move_on_after(OPENING) as opening:
-            one: Opened = await self._devices.start(self._hold_open, config)
-        if opening.cancelled_caught:
-            raise TargetError(f"{backend} did not answer within {OPENING:g} s", "is it busy?")
+        one = await self._back_end.open_another(config)
         before: Opened | None = one
         try:
             async with self._operation() as device:
@@ -521,8 +388,7 @@ class Bridge:
                 if not dry_run and not report.reasons:
                     with self.journal.because(Reason.SWITCH):
                         await switch(device, one.device, self._session, report)
-                    before, self._opened, self.config = self._opened, one, config
-                    self.journal.watch(one.device)
+                    before = self._back_end.replace(one)
         finally:
             if before is not None:
                 with trio.CancelScope(shield=True):
@@ -558,8 +424,9 @@ class Bridge:
             yield self._open_device()
 
     def _open_device(self) -> ShadowDevice:
-        if self._opened is None:
+        device = self._back_end.device
+        if device is None:
             raise InvalidTransition(
                 f"{self.config.backend} is not there at the moment", "the log says what happened"
             )
-        return self._opened.device
+        return device

@@ -7,7 +7,6 @@ pauses only while it is suspended, its state is carried over, and the other one 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 
 import trio
 
@@ -19,28 +18,11 @@ from vhostbridge.backends.state_stream import Sink, Source
 from vhostbridge.backends.trace import Tracer
 from vhostbridge.backends.virtio import TransportFeature, device_name
 
-from .config import BridgeConfig
 from .offer import offered_protocol
 from .recovery import last_state
 from .session import Session
-from .shadow import ShadowDevice
 from .state_transfer import misfits
 from .status import SwitchReport
-
-
-@dataclass(slots=True, eq=False)
-class Opened:
-    """A device that a task keeps open, until it fails or is let go."""
-
-    device: ShadowDevice
-    config: BridgeConfig
-    let_go: trio.Event = field(default_factory=trio.Event)
-    closed: trio.Event = field(default_factory=trio.Event)
-
-    async def close(self) -> None:
-        """Have it closed, and wait for that."""
-        self.let_go.set()
-        await self.closed.wait()
 
 
 async def hindrances(old: Device, new: Device, session: Session | None) -> list[str]:
