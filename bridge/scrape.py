@@ -103,8 +103,8 @@ class _Server:
                 request = b""
                 with trio.move_on_after(PATIENCE):
                     request = await _request(sock)
-                    answer = await self._answer(request)
                 if request:
+                    answer = await self._answer(request)
                     with trio.move_on_after(PATIENCE):
                         await _send(sock, answer)
         except OSError:
