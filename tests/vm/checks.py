@@ -6,11 +6,14 @@ import ast
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.peers.build import build_peer
+from tests.rig.deb import build_deb, newer_deb
+from tests.rig.image import compile_python
 from tests.rig.job import Completed
 from tests.rig.report import REPOSITORY
 from tests.rig.vm import Vm
@@ -45,6 +48,8 @@ class GuestChecks:
         )
         self._copy_documents()
         shutil.copy(build_peer("blkio_verify.c"), self.vm.share_host / "tests/blkio_verify")
+        if "checks_service" in self.wanted:
+            self._give_packages(self.vm.share_host / "tests/packages")
         self.vm.run("mkdir -p /run/checks && cp -r /rig/tests /run/checks/")
 
     def _copy_documents(self) -> None:
@@ -54,6 +59,20 @@ class GuestChecks:
         (tests / "docs").mkdir()
         for name in FOLLOWING:
             shutil.copy(REPOSITORY / "tests/docs" / name, tests / "docs")
+
+    # The product's Debian package, the same as a later version, and its compiled modules.
+    def _give_packages(self, folder: Path) -> None:
+        package = build_deb()
+        for name in ("old", "new"):
+            (folder / name).mkdir(parents=True)
+        shutil.copy(package, folder / "old")
+        version = package.name.split("_")[1]
+        with tempfile.TemporaryDirectory() as work:
+            shutil.copy(newer_deb(package, f"{version}+new", Path(work)), folder / "new")
+            modules = Path(work, "tree/usr/lib/python3/dist-packages")
+            compile_python(modules)
+            for compiled in modules.rglob("__pycache__"):
+                shutil.copytree(compiled, folder / "compiled" / compiled.relative_to(modules))
 
     def require(self, module: str, name: str) -> None:
         """Fail with what the guest said unless the check has passed."""

@@ -17,6 +17,8 @@ import select
 import struct
 import sys
 import time
+import traceback
+from dataclasses import dataclass
 
 from .frontend import ALL, STATUS, VERSION_1, Frontend
 from .memory import Memory
@@ -186,6 +188,49 @@ def main(path: str, file: str, seed: str, seconds: str = "") -> None:
                 driver.offer(IN, block)
                 driver.settle()
             print("verified", flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """A driver that runs in a process of its own; what it writes can be read."""
+
+    pid: int
+    output: int
+
+    def wait(self) -> int:
+        """Its status when it has ended."""
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.output)
+        return status
+
+
+def start(path: str, file: str, seed: int, seconds: float | None = None) -> Life:
+    """Start one that goes on in the memory of the one before, in a fork of this process."""
+    output, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.dup2(theirs, 1)
+            main(path, file, str(seed), "" if seconds is None else str(seconds))
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(theirs)
+    return Life(pid, output)
+
+
+def kill(life: Life) -> None:
+    """End it as a crash would; it must be running."""
+    os.kill(life.pid, 9)
+    assert os.WIFSIGNALED(life.wait()), "the front-end had failed by itself"
+
+
+def verified(life: Life) -> None:
+    """Wait for its end; all that it read was right."""
+    assert life.wait() == 0, "the front-end failed"
 
 
 if __name__ == "__main__":
