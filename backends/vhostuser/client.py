@@ -49,10 +49,15 @@ class _Pending:
 # How many requests of its own a back-end may make a second.
 REQUESTS = 100
 
-# How long a back-end may take to answer, in seconds. Some answers come after requests in flight, or
-# after it has taken a state in.
+# How long a back-end may take to answer, in seconds. Some answers come after requests in flight: a
+# vring's own, or, before the first answer, those of the front-end before us. Or after it has taken a
+# state in.
 ANSWER = 10.0
-SLOW = {Request.GET_VRING_BASE: 30.0, Request.CHECK_DEVICE_STATE: 300.0}
+SLOW = {
+    Request.GET_FEATURES: 30.0,
+    Request.GET_VRING_BASE: 30.0,
+    Request.CHECK_DEVICE_STATE: 300.0,
+}
 
 # How many messages that change nothing go before one that stops a vring. A message takes a back-end
 # microseconds, as our system call does.

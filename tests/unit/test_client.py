@@ -351,9 +351,9 @@ async def test_a_back_end_that_does_not_answer_is_given_up(autojump_clock: MockC
     async with connected() as (client, peer, _):
         client.on_hang = reasons.append
         began = trio.current_time()
-        with pytest.raises(Unanswered, match="did not answer GET_FEATURES within 10 s"):
+        with pytest.raises(Unanswered, match="did not answer GET_FEATURES within 30 s"):
             await client.request(Request.GET_FEATURES)
-        assert trio.current_time() == began + 10
+        assert trio.current_time() == began + 30
         assert client.hangs and len(reasons) == 1
         with pytest.raises(Unanswered):
             await client.request(Request.GET_FEATURES)
