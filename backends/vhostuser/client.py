@@ -50,8 +50,8 @@ class _Pending:
 REQUESTS = 100
 
 # How long a back-end may take to answer, in seconds. Some answers come after requests in flight: a
-# vring's own, or, before the first answer, those of the front-end before us. Or after it has taken a
-# state in.
+# vring's own, or, before the first answer, those of the front-end before us. Or after it has taken
+# a state in.
 ANSWER = 10.0
 SLOW = {
     Request.GET_FEATURES: 30.0,
