@@ -14,11 +14,12 @@ from pathlib import Path
 from tests.peers.build import build_peer
 from tests.rig.deb import build_deb, newer_deb
 from tests.rig.image import compile_python
-from tests.rig.job import Completed
+from tests.rig.job import Completed, Job
 from tests.rig.report import REPOSITORY
 from tests.rig.vm import Vm
 
 GUEST = Path(__file__).parent / "guest"
+ASKED = "/run/checks/asked"
 FOLLOWING = ("blocks.py", "follow.py")  # how documents are read
 PASSED_ON = ("VHOST_BRIDGE_SOAK",)
 SECONDS = 1000.0  # for a check; the guest has deadlines of its own, which tell more
@@ -33,11 +34,13 @@ def checks_of(module: str) -> list[str]:
 
 @dataclass(slots=True)
 class GuestChecks:
-    """Runs checks: all that are wanted of a module in one process, because imports are slow."""
+    """Runs checks: all that are wanted of a module in one process, a fork of the harness."""
 
     vm: Vm
     wanted: dict[str, list[str]]
     _results: dict[str, dict[str, str]] = field(default_factory=dict)
+    _server: Job | None = None
+    _asked: int = 0
 
     def __post_init__(self) -> None:
         # Through the share into memory, where Python can keep what it compiles.
@@ -94,11 +97,23 @@ class GuestChecks:
         return results
 
     def python(self, module: str, *names: str) -> Completed:
-        """Run the harness on a module."""
-        argv = ["python3", "-m", "tests.vm.guest.harness", module, *names]
+        """Have the guest's harness run functions of a module."""
+        server = self._server = self._server or self._start_server()
+        number, self._asked = self._asked, self._asked + 1
         return self.vm.run(
-            f"cd /run/checks && exec env PYTHONPATH=/run/checks:$PYTHONPATH {' '.join(argv)}",
+            f"cd {ASKED} && echo {module} {' '.join(names)} >{number}.new && "
+            f"mv {number}.new {number} && "
+            f"until [ -e {number}.status ]; do "
+            f"[ -d /proc/{server.pid} ] || exit 99; sleep 0.2; done; "
+            f"cat {number}.out; cat {number}.err >&2; exit $(cat {number}.status)",
             timeout=SECONDS * len(names),
             check=False,
+        )
+
+    def _start_server(self) -> Job:
+        self.vm.run(f"mkdir {ASKED}")
+        return self.vm.start(
+            "cd /run/checks && exec env PYTHONPATH=/run/checks:$PYTHONPATH "
+            f"python3 -m tests.vm.guest.harness {ASKED}",
             env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
         )

@@ -1,4 +1,8 @@
-"""Runs a module's checks in the virtual machine: `python3 -m tests.vm.guest.harness MODULE [NAME]`.
+"""Runs checks in the virtual machine: `python3 -m tests.vm.guest.harness FOLDER`, for ever.
+
+Imports are slow there, so they are done once, and each request is served by a fork. Request number
+N is the file FOLDER/N: a module and its checks, by name. Output goes to N.out and N.err, and the
+exit status to N.status, when it is complete.
 
 A check is a function of the module called check_…; one JSON object a line says how it went.
 """
@@ -9,20 +13,23 @@ import contextlib
 import faulthandler
 import importlib
 import io
+import itertools
 import json
 import os
 import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 from types import FrameType
 
 SECONDS = 900 if os.environ.get("VHOST_BRIDGE_SOAK") else 100  # a check may take
 
-# What every bridge needs, imported once: they are forks of this process.
+# What every bridge and most checks need: they are forks of this process.
 WARM = (
     *("vhostbridge.cli", "vhostbridge.bridge.daemon", "vhostbridge.backends.vdpa.opening"),
     *("vhostbridge.backends.vdpa.discovery", "vhostbridge.backends.vhostuser.connect"),
+    *("tests.vm.guest.devices", "tests.vm.guest.blk", "tests.vm.guest.net"),
 )
 
 
@@ -32,8 +39,6 @@ def _too_long(number: int, frame: FrameType | None) -> None:
 
 def main(module: str, names: list[str]) -> None:
     """Run the checks of those names, or all."""
-    for name in WARM:
-        importlib.import_module(name)
     checks = importlib.import_module(f"tests.vm.guest.{module}")
     signal.signal(signal.SIGALRM, _too_long)
     for name in names or [name for name in vars(checks) if name.startswith("check_")]:
@@ -50,5 +55,40 @@ def main(module: str, names: list[str]) -> None:
         print(json.dumps({"check": name, "problem": problem, "seconds": seconds}), flush=True)
 
 
+def serve(folder: Path) -> None:
+    """Do what is asked, one request after the other."""
+    for name in WARM:
+        importlib.import_module(name)
+    for number in itertools.count():
+        asked = folder / str(number)
+        while not asked.exists():
+            time.sleep(0.05)
+        module, *names = asked.read_text().split()
+        pid = os.fork()
+        if pid == 0:
+            _become(module, names, asked)
+        _, status = os.waitpid(pid, 0)
+        said = asked.with_suffix(".new")
+        said.write_text(str(abs(os.waitstatus_to_exitcode(status))))
+        said.rename(asked.with_suffix(".status"))
+
+
+def _become(module: str, names: list[str], asked: Path) -> None:
+    status = 1
+    try:
+        for number, suffix in ((1, ".out"), (2, ".err")):
+            fd = os.open(asked.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(fd, number)
+            os.close(fd)
+        main(module, names)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    serve(Path(sys.argv[1]))
