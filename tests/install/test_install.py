@@ -69,11 +69,33 @@ def test_list_from_the_wheel_reaches_the_kernel(environment: Path, tmp_path: Pat
     assert "{" in run(environment / "vhost-bridge", "list", "-j", cwd=tmp_path)
 
 
+# They need all that a wheel could lack: the extension, the varlink file, every package.
+UNIT = ("cli", "native", "shadow_rings", "session_running", "varlink_server", "trace_show")
+
+
 def test_unit_tests_pass_against_the_wheel(environment: Path, tmp_path: Path) -> None:
     """The tree has no compiled extension here, so it is the wheel's code that is tested."""
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
     shutil.copytree(ROOT / "packaging", tmp_path / "packaging")
     shutil.copy2(ROOT / "pyproject.toml", tmp_path)
     path = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    output = run(environment / "pytest", "-q", "tests/unit", cwd=tmp_path, env=path)
+    files = [f"tests/unit/test_{name}.py" for name in UNIT]
+    output = run(environment / "pytest", "-q", *files, cwd=tmp_path, env=path)
     assert " passed" in output
+
+
+EVERY_MODULE = """
+import pkgutil, vhostbridge
+for module in pkgutil.walk_packages(vhostbridge.__path__, "vhostbridge."):
+    if not module.name.endswith(("__main__", ".ffi_build")):
+        print(__import__(module.name, fromlist=["x"]).__name__)
+"""
+
+
+def test_every_module_of_the_tree_is_in_the_wheel(environment: Path, tmp_path: Path) -> None:
+    there = run(environment / "python", "-c", EVERY_MODULE, cwd=tmp_path).split()
+    for package in ("backends", "bridge", "cli"):
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(("vhostbridge", *parts)).removesuffix(".__init__")
+            assert name in there or name.endswith("__main__"), name
