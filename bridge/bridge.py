@@ -242,7 +242,7 @@ class Bridge:
 
         async def begin() -> None:
             try:
-                pause = await unpack(arrival, session)
+                pause = await unpack(arrival, session, self.journal.pauses)
             finally:
                 arrival.close()
             _log.info("%s: front-end (pid %d) taken over, pause %.3g s", self.name, peer, pause)
@@ -263,7 +263,9 @@ class Bridge:
     async def _hand_over(self, session: Session) -> bool:
         assert self._keeper is not None
         try:
-            with await pack(session) as box:
+            with self.journal.because(Reason.RESTART):
+                box = await pack(session, self.journal.pauses)
+            with box:
                 if not self._keeper.keep_session(self.name, box):
                     raise TargetError("the service manager does not keep it")
         except BridgeError as error:

@@ -11,9 +11,9 @@ import array
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import cbor2
 import trio
@@ -30,9 +30,11 @@ from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature, Region, VringAddr
 from vhostbridge.backends.vhostuser.specs import BACKEND_SPECS, FRONTEND_SPECS
 
+from .handover_facts import FORMAT, Facts, RegionFacts, VringFacts, facts_of, read_facts, unusable
 from .incoming import Incoming, Origin
 from .memory import guest_region
 from .offer import check_features, offered_protocol
+from .pauses import Pauses, Reason
 from .state_transfer import load_device, misfits, save_device
 from .vring import FrontendVring
 
@@ -42,73 +44,10 @@ if TYPE_CHECKING:
 
     from .session import Session
 
-# Raised whenever a fact is added or means something else: who does not know them cuts the front-end
-# off, which then connects anew.
-FORMAT = 2
-
 # A message of the socket carries so much; the kernel takes 253 descriptors.
 _BYTES, _FDS = 16 << 10, 128
 _MAX_BYTES = 1 << 20
 _MAX_FDS = 4096
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class RegionFacts:
-    """Guest memory, in bytes; ``fd`` and the like count the descriptors that go along."""
-
-    guest_address: int
-    size: int
-    user_address: int
-    offset: int
-    fd: int
-
-
-@dataclass(frozen=True, slots=True)
-class VringFacts:
-    """A vring as the front-end described it; ``address`` as in SET_VRING_ADDR."""
-
-    index: int
-    size: int
-    base: int | None
-    address: list[int] | None
-    kick: int | None
-    call: int | None
-    err: int | None
-    enabled: bool
-    set_up: bool
-    running: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """All that is known of a session.
-
-    Attributes:
-        began: when the device stood still, in ns of the monotonic clock.
-        waits: where the device's state came from (``Origin``), if its vrings have not come yet.
-        state: the stream with the device's state; ``None`` if it is RESET.
-        log: size and offset in bytes, and the descriptor of the dirty log.
-        inflight: size and offset in bytes, vrings, their size, and the descriptor of the in-flight
-            buffer.
-    """
-
-    format: int
-    producer: str
-    began: int
-    features: int
-    protocol: int
-    status: int
-    held: bool
-    waits: str | None
-    socket: int
-    reverse: int | None
-    state: int | None
-    log: list[int] | None
-    inflight: list[int] | None
-    regions: list[dict[str, Any]]
-    vrings: list[dict[str, Any]]
 
 
 class _Luggage:
@@ -123,10 +62,11 @@ class _Luggage:
         return len(self.fds) - 1
 
 
-async def pack(session: Session) -> OwnedFd:
+async def pack(session: Session, pauses: Pauses) -> OwnedFd:
     """Suspend the device of a session that reads no more, and put all of it into a socket.
 
-    The session stays what it is, and is its process's to end without touching the device again.
+    ``pauses`` has the one that begins with it, or that the device is in already. The session stays
+    what it is, and is its process's to end without touching the device again.
 
     Raises:
         BridgeError: the device can't be suspended or saved, or the kernel does not take so much.
@@ -138,7 +78,7 @@ async def pack(session: Session) -> OwnedFd:
     began = time.monotonic_ns()
     state = await _state(session)
     try:
-        facts, fds = _facts(session, began, state)
+        facts, fds = _facts(session, began, pauses, state)
         return _box(cbor2.dumps(asdict(facts)), fds)
     finally:
         close_all([state])
@@ -169,13 +109,20 @@ async def _state(session: Session) -> OwnedFd | None:
     return stream
 
 
-def _facts(session: Session, began: int, state: OwnedFd | None) -> tuple[Facts, list[int]]:
+def _facts(
+    session: Session, began: int, pauses: Pauses, state: OwnedFd | None
+) -> tuple[Facts, list[int]]:
     luggage = _Luggage()
+    pause = pauses.begun
     log, inflight = session.log_to, session.inflight
     facts = Facts(
         format=FORMAT,
         producer=PRODUCER,
         began=began,
+        pause=None if pause is None else pause.reason,
+        paused=None
+        if pause is None
+        else [round(one * 1e9) for one in (pause.began, pause.stopped)],
         features=session.features,
         protocol=int(session.protocol),
         status=session.status,
@@ -249,7 +196,7 @@ class Arrival:
         self._fds: list[OwnedFd | None] = []
         try:
             data = self._unpack(box)
-            self.facts = _facts_of(data)
+            self.facts = facts_of(data)
         except BaseException:
             self.close()
             raise
@@ -264,17 +211,17 @@ class Arrival:
                         _BYTES, space, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
                     )
                 except OSError as error:
-                    raise _unusable(os.strerror(error.errno or 0)) from None
+                    raise unusable(os.strerror(error.errno or 0)) from None
                 for level, kind, rights in ancillary:
                     if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                         numbers = array.array("i", rights)
                         self._fds += [OwnedFd(number) for number in numbers]
                 if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
-                    raise _unusable("descriptors were lost on the way")
+                    raise unusable("descriptors were lost on the way")
                 if not piece:
                     return bytes(data)
                 data += piece
-        raise _unusable("it is too large")
+        raise unusable("it is too large")
 
     def take(self, index: int) -> OwnedFd:
         """One of the descriptors, which is the caller's from now on.
@@ -283,7 +230,7 @@ class Arrival:
             StateError: there is none of that number, or it was taken already.
         """
         if not 0 <= index < len(self._fds) or (fd := self._fds[index]) is None:
-            raise _unusable(f"descriptor {index} is missing")
+            raise unusable(f"descriptor {index} is missing")
         self._fds[index] = None
         return fd
 
@@ -312,12 +259,12 @@ class Arrival:
                 sock, BACKEND_SPECS, replies=True, peer="front-end", trace=session.trace
             )
         for one in facts.regions:
-            self._give_region(session, _read(RegionFacts, one))
+            self._give_region(session, read_facts(RegionFacts, one))
         for one in facts.vrings:
-            self._give_vring(session, _read(VringFacts, one))
+            self._give_vring(session, read_facts(VringFacts, one))
         if facts.log is not None:
             if len(facts.log) != 3:
-                raise _unusable("its dirty log has no size, offset and descriptor")
+                raise unusable("its dirty log has no size, offset and descriptor")
             size, offset, number = facts.log
             fd = self.take(number)
             try:
@@ -329,9 +276,19 @@ class Arrival:
         if facts.inflight is not None:
             self._give_inflight(session, facts.inflight)
 
+    def give_pause(self, pauses: Pauses) -> None:
+        """Go on with the pause that the device is in, if it ran before."""
+        pause, times = self.facts.pause, self.facts.paused
+        if pause is None:
+            return
+        if pause not in set(Reason) or times is None or len(times) != 2:
+            raise unusable("its pause has no reason or times that are known")
+        began, stopped = (one / 1e9 for one in times)
+        pauses.begin(pause, began, stopped)
+
     def _give_inflight(self, session: Session, one: list[int]) -> None:
         if len(one) != 5:
-            raise _unusable("its in-flight buffer has no place, vrings and descriptor")
+            raise unusable("its in-flight buffer has no place, vrings and descriptor")
         size, offset, queues, queue_size, number = one
         fd = self.take(number)
         try:
@@ -353,12 +310,12 @@ class Arrival:
         vring = session.vring(one.index)
         vring.kick, vring.call, vring.err = map(self.take_some, (one.kick, one.call, one.err))
         if not all(is_eventfd(fd) for fd in (vring.kick, vring.call, vring.err) if fd is not None):
-            raise _unusable(f"what should be an eventfd of vring {one.index} is none")
+            raise unusable(f"what should be an eventfd of vring {one.index} is none")
         if one.size:
             vring.check_size(one.size, session.device.info, session.packed)
         if one.address is not None:
             if len(one.address) != 5:
-                raise _unusable(f"vring {one.index} has no five parts of an address")
+                raise unusable(f"vring {one.index} has no five parts of an address")
             vring.address = VringAddr(one.index, *one.address)
         vring.size, vring.base = one.size, one.base
         vring.enabled, vring.set_up, vring.running = one.enabled, one.set_up, one.running
@@ -378,20 +335,22 @@ class Arrival:
         self._fds.clear()
 
 
-async def unpack(arrival: Arrival, session: Session) -> float:
+async def unpack(arrival: Arrival, session: Session, pauses: Pauses) -> float:
     """Let a new session and its RESET device go on where the ones before stopped.
 
+    ``pauses`` gets the pause that the device is in.
     Returns how long the guest had to wait, in seconds.
 
     Raises:
         BridgeError: they don't fit the device; the front-end can't go on.
     """
     arrival.give_to(session)
+    arrival.give_pause(pauses)
     device = session.device
     check_features(device.info, session.features)
     missing = session.protocol & ~offered_protocol(device)
     if missing:
-        raise _unusable(f"the device does not go with {missing.name}, which the front-end uses")
+        raise unusable(f"the device does not go with {missing.name}, which the front-end uses")
     await device.set_memory(session.memory.regions)
     found = await arrival.state()
     if found is not None:
@@ -399,19 +358,12 @@ async def unpack(arrival: Arrival, session: Session) -> float:
         with stream:
             reasons = await misfits(device, state)
             if reasons:
-                raise _unusable(f"{device.info.target} does not fit: {'; '.join(reasons)}")
+                raise unusable(f"{device.info.target} does not fit: {'; '.join(reasons)}")
             await load_device(device, state, stream, lambda count: None)
         origin = Origin.__members__.get(arrival.facts.waits or "")
         session.incoming = None if origin is None else Incoming(state, origin)
     await session.go_on()
     return (time.monotonic_ns() - arrival.facts.began) / 1e9
-
-
-def _unusable(why: str) -> StateError:
-    return StateError(
-        f"what the process before left of a front-end can't be used: {why}",
-        "the front-end is cut off and may connect anew",
-    )
 
 
 # Owns the descriptor.
@@ -420,7 +372,7 @@ def _socket(fd: OwnedFd) -> socket.socket:
         sock = socket.socket(fileno=fd.fileno())
     except OSError as error:
         fd.close()
-        raise _unusable(os.strerror(error.errno or 0)) from None
+        raise unusable(os.strerror(error.errno or 0)) from None
     fd.detach()
     return sock
 
@@ -429,41 +381,5 @@ def _stream(fd: OwnedFd) -> trio.socket.SocketType:
     sock = _socket(fd)
     if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
         sock.close()
-        raise _unusable("a connection is none")
+        raise unusable("a connection is none")
     return trio.socket.from_stdlib_socket(sock)
-
-
-def _facts_of(data: bytes) -> Facts:
-    try:
-        value = cbor2.loads(data)
-    except (cbor2.CBORError, ValueError, RecursionError):
-        raise _unusable("it is damaged") from None
-    known = isinstance(value, Mapping) and value.get("format") == FORMAT
-    if not known:
-        raise _unusable("another version of vhost-bridge wrote it")
-    return _read(Facts, value)
-
-
-# Exactly these facts, each of its type; numbers are positive.
-def _read(cls: type[T], value: Any) -> T:
-    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    if not isinstance(value, Mapping) or value.keys() != names:
-        raise _unusable(f"its {cls.__name__} are not the ones that are known")
-    for name, hint in get_type_hints(cls).items():
-        if not _is(value[name], str(hint)):
-            raise _unusable(f"{name} of its {cls.__name__} is malformed")
-    return cls(**value)
-
-
-def _is(value: object, hint: str) -> bool:
-    if "None" in hint and value is None:
-        return True
-    if hint.startswith("list[dict"):
-        return isinstance(value, list)
-    if hint.startswith("list[int"):
-        return isinstance(value, list) and all(_is(one, "<class 'int'>") for one in value)
-    if "bool" in hint:
-        return isinstance(value, bool)
-    if "str" in hint:
-        return isinstance(value, str)
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 128

@@ -23,6 +23,8 @@ class Reason(StrEnum):
     FRONT_END = "front-end"
     #: the back-end went away
     FAILURE = "failure"
+    #: the daemon was restarted
+    RESTART = "restart"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,9 @@ class Tally:
 
 
 @dataclass(slots=True)
-class _Begun:
+class Begun:
+    """A pause that has not ended; times are those of the clock of ``Pauses``."""
+
     reason: str
     began: float
     stopped: float
@@ -94,43 +98,44 @@ class Pauses:
     ) -> None:
         self._clock = clock
         self._wall = wall
-        self._begun: _Begun | None = None
+        #: The one that has not ended.
+        self.begun: Begun | None = None
         #: By reason.
         self.tallies: dict[str, Tally] = {}
 
     @property
     def open(self) -> bool:
         """Whether the device pauses now."""
-        return self._begun is not None
+        return self.begun is not None
 
     @property
     def current(self) -> Pause | None:
         """The pause that has not ended, as long as it is so far."""
-        return None if self._begun is None else self._pause(self._begun, self._clock())
+        return None if self.begun is None else self._pause(self.begun, self._clock())
 
-    def _pause(self, begun: _Begun, now: float) -> Pause:
+    def _pause(self, begun: Begun, now: float) -> Pause:
         at = self._wall() - (self._clock() - begun.began)
         return Pause(begun.reason, at, begun.phases(now))
 
     def begin(self, reason: str, began: float, stopped: float) -> None:
         """A device that ran stands still since ``stopped``; that took since ``began``."""
-        if self._begun is None:
-            self._begun = _Begun(reason, began, stopped)
+        if self.begun is None:
+            self.begun = Begun(reason, began, stopped)
 
     def starting(self, now: float | None) -> None:
         """It is being started again, since ``now``; ``None``: not yet after all."""
-        if self._begun is not None:
-            self._begun.starting = now
+        if self.begun is not None:
+            self.begun.starting = now
 
     def end(self, now: float) -> Pause | None:
         """It runs again; the pause, if there was one."""
-        if self._begun is None:
+        if self.begun is None:
             return None
-        pause = self._pause(self._begun, now)
-        self._begun = None
+        pause = self._pause(self.begun, now)
+        self.begun = None
         self.tallies.setdefault(pause.reason, Tally()).add(pause)
         return pause
 
     def drop(self) -> None:
         """It will not run again for the one who waits: this was no pause."""
-        self._begun = None
+        self.begun = None

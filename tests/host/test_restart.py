@@ -70,6 +70,8 @@ def test_restart_at_any_moment_is_a_pause(
             daemon = manager.start(*arguments)
             daemon.wait_for_output("taken over, pause ")
             assert client.poll() is None, client.output
+            (pause,) = status(tmp_path).pauses.items()
+            assert pause[0] == "restart" and pause[1].count == 1 and pause[1].seconds > 0.01
         assert status(tmp_path).front_end == pid
         client.kill()
     blkio.run(tmp_path / "vm.sock", "verify", **options)
@@ -96,6 +98,7 @@ def test_device_that_was_suspended_stays_so(
         assert disk.image.read_bytes() == before
         with ControlClient(tmp_path / "control") as control:
             control.operate("Resume", "vm1")
+        assert status(tmp_path).pauses["operator"].seconds > 0.05
         blkio.finish(client)
     stop(daemon)
     blkio.verify_file(disk.image, **options)

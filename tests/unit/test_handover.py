@@ -17,9 +17,10 @@ from vhostbridge.backends.errors import BridgeError, StateError
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.messages import Request
-from vhostbridge.bridge import handover
+from vhostbridge.bridge import handover, handover_facts
 from vhostbridge.bridge.handlers import HANDLERS
 from vhostbridge.bridge.handover import Arrival, pack, unpack
+from vhostbridge.bridge.pauses import Pauses
 from vhostbridge.bridge.session import Session
 
 
@@ -34,7 +35,7 @@ async def leave(vm: FrontEnd) -> OwnedFd:
     boxes: list[OwnedFd] = []
 
     async def successor(session: Session) -> bool:
-        boxes.append(await pack(session))
+        boxes.append(await pack(session, Pauses()))
         return True
 
     vm.session.part(successor)
@@ -59,7 +60,7 @@ async def test_everything_that_the_session_knew_goes_along() -> None:
         other = OnVdpa()
         arrival = Arrival(box)
         session = Session("vm", arrival.channel(), other, HANDLERS)
-        pause = await unpack(arrival, session)
+        pause = await unpack(arrival, session, Pauses())
         assert 0 < pause < 60
         for name in ("features", "protocol", "status", "held"):
             assert getattr(session, name) == getattr(vm.session, name)
@@ -85,7 +86,7 @@ async def test_positions_are_those_of_the_suspended_device() -> None:
         arrival = Arrival(await leave(vm))
         other = OnVdpa()
         session = Session("vm", arrival.channel(), other, HANDLERS)
-        await unpack(arrival, session)
+        await unpack(arrival, session, Pauses())
         assert other.bases[0] == 4711
         with trio.CancelScope() as scope:
             scope.cancel()
@@ -106,7 +107,7 @@ async def test_one_that_was_not_started_goes_along_as_far_as_it_is() -> None:
         assert arrival.facts.state is None
         other = OnVdpa()
         session = Session("vm", arrival.channel(), other, HANDLERS)
-        await unpack(arrival, session)
+        await unpack(arrival, session, Pauses())
         assert len(other.regions) == 1
         async with trio.open_nursery() as nursery:
             nursery.start_soon(session.run)
@@ -126,7 +127,7 @@ async def test_device_that_can_not_be_suspended_goes_nowhere() -> None:
     async def successor(session: Session) -> bool:
         session.device.refuse["suspend"] = StateError("it is busy")  # type: ignore[attr-defined]
         try:
-            await pack(session)
+            await pack(session, Pauses())
         except BridgeError as error:
             refused.append(error.message)
         return False
@@ -145,9 +146,11 @@ def boxed(facts: object, *fds: OwnedFd, box: Callable[..., OwnedFd] = handover._
 
 
 FACTS: dict[str, Any] = {
-    "format": handover.FORMAT,
+    "format": handover_facts.FORMAT,
     "producer": "vhost-bridge test",
     "began": 1,
+    "pause": None,
+    "paused": None,
     "features": 0,
     "protocol": 0,
     "status": 0,
@@ -202,7 +205,7 @@ def test_what_was_read_once_is_gone() -> None:
     [
         (b"\xa1", "damaged"),
         (b"\x00", "another version"),
-        ({**FACTS, "format": handover.FORMAT + 1}, "another version"),
+        ({**FACTS, "format": handover_facts.FORMAT + 1}, "another version"),
         ({**FACTS, "more": 1}, "not the ones that are known"),
         ({k: v for k, v in FACTS.items() if k != "held"}, "not the ones that are known"),
         ({**FACTS, "features": -1}, "features of its Facts is malformed"),
@@ -234,6 +237,9 @@ def test_facts_that_are_none_are_refused(facts: object, why: str) -> None:
         ({"regions": [{**REGION, "fd": 0}]}, "descriptor 0 is missing"),
         ({"log": [1, 2]}, "no size, offset and descriptor"),
         ({"log": [4096, 4096, 1]}, "in a file of 4096"),
+        ({"pause": "operator"}, "no reason or times"),
+        ({"pause": "boredom", "paused": [1, 2]}, "no reason or times"),
+        ({"pause": "operator", "paused": [1]}, "no reason or times"),
         ({"inflight": [4096, 0, 1, 64]}, "no place, vrings and descriptor"),
         ({"inflight": [4097, 0, 1, 64, 1]}, "in a file of 4096"),
         ({"reverse": 1}, "."),
@@ -253,7 +259,7 @@ async def test_facts_that_do_not_fit_are_refused(changes: dict[str, Any], why: s
 
         async def begin() -> None:
             try:
-                await unpack(arrival, session)
+                await unpack(arrival, session, Pauses())
             finally:
                 arrival.close()
 

@@ -20,6 +20,7 @@ from vhostbridge.backends.lifecycle import Ability, How
 from vhostbridge.backends.vhostuser.messages import Request as R
 from vhostbridge.bridge.handlers import HANDLERS
 from vhostbridge.bridge.handover import Arrival, pack, unpack
+from vhostbridge.bridge.pauses import Pauses
 from vhostbridge.bridge.session import Session
 
 PROTOCOL = OFFER & ~PF.STATUS | PF.INFLIGHT_SHMFD
@@ -138,7 +139,7 @@ async def test_next_process_notes_in_the_same_buffer() -> None:
     boxes: list[OwnedFd] = []
 
     async def successor(session: Session) -> bool:
-        boxes.append(await pack(session))
+        boxes.append(await pack(session, Pauses()))
         return True
 
     device, other = Noting(), Noting()
@@ -150,7 +151,7 @@ async def test_next_process_notes_in_the_same_buffer() -> None:
         await vm.ended.wait()
         arrival = Arrival(boxes[0])
         session = Session("vm", arrival.channel(), other, HANDLERS)
-        await unpack(arrival, session)
+        await unpack(arrival, session, Pauses())
         assert other.used == [(64, False)]
         assert session.inflight is not None
         assert os.fstat(session.inflight.fd.fileno()).st_ino == os.fstat(fd.fileno()).st_ino
