@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -146,9 +147,19 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def complain(message: str, hint: str) -> None:
     """Print an error, or a note, and what to do about it."""
-    click.echo(f"{PROGRAM}: {message}", err=True)
+    mark = _journal_mark()
+    click.echo(f"{mark}{PROGRAM}: {message}", err=True)
     if hint:
-        click.echo(f"  hint: {hint}", err=True)
+        click.echo(f"{mark}  hint: {hint}", err=True)
+
+
+# Before a line that the journal reads from our stderr: it is an error's (sd-daemon(3)).
+def _journal_mark() -> str:
+    if "JOURNAL_STREAM" not in os.environ:
+        return ""
+    from vhostbridge.bridge.journald import leads_to_journal
+
+    return "<3>" if leads_to_journal(sys.stderr) else ""
 
 
 def size_text(count: int) -> str:

@@ -169,6 +169,16 @@ def test_help_and_version_load_nothing_heavy(argv: list[str]) -> None:
     assert done.stderr == "[]\n"
 
 
+def test_error_in_the_journal_has_the_priority_of_one(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "vhostbridge", "serve", "--name", "b"]
+    with (tmp_path / "journal").open("w") as stream:
+        found = os.fstat(stream.fileno())
+        env = {**os.environ, "JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}
+        subprocess.run(argv, stderr=stream, env=env, timeout=30, check=False)
+    lines = (tmp_path / "journal").read_text().splitlines()
+    assert len(lines) == 2 and all(line.startswith("<3>") for line in lines)
+
+
 # list
 
 
