@@ -136,26 +136,14 @@ if TYPE_CHECKING:
 @click.pass_context
 def serve(
     context: click.Context,
-    name: str | None,
-    listen: str | None,
-    connect: str | None,
-    fd: int | None,
-    backend: str | None,
-    backend_command: str | None,
-    backend_timeout: float | None,
-    device_type: str | None,
-    incoming: str | None,
-    dirty_log: str | None,
-    shadow: bool | None,
-    on_disconnect: str | None,
-    mac: str | None,
-    socket_mode: str | None,
+    /,
     config_file: Path | None,
     control: Path | None,
     no_control: bool,
     metrics: str | None,
     trace: Path | None,
     trace_size: int | None,
+    **single: Any,
 ) -> None:
     """Serve devices to VMMs until SIGTERM or SIGINT.
 
@@ -199,22 +187,6 @@ def serve(
       socket-mode = "660"
       backend = "vhost-user:/run/blk.sock"
     """
-    single = {
-        "--name": name,
-        "--listen": listen,
-        "--connect": connect,
-        "--fd": fd,
-        "--backend": backend,
-        "--backend-command": backend_command,
-        "--backend-timeout": backend_timeout,
-        "--type": device_type,
-        "--incoming": incoming,
-        "--dirty-log": dirty_log,
-        "--shadow": shadow,
-        "--on-disconnect": on_disconnect,
-        "--mac": mac,
-        "--socket-mode": socket_mode,
-    }
     if control is not None and no_control:
         raise ConfigError(
             "--control and --no-control exclude each other", "without both the usual one is made"
@@ -245,6 +217,7 @@ def serve(
     trio.run(serve_bridges, config, configure if config_file is not None else None)
 
 
+# From the options of a single bridge, by their parameters' names.
 def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonConfig:
     from vhostbridge.backends.virtio import device_id_of
     from vhostbridge.bridge.config import (
@@ -261,37 +234,38 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
     )
 
     if config_file is not None:
-        given = [option for option, value in single.items() if value is not None]
+        given = [name for name, value in single.items() if value is not None]
         if given:
+            option = given[0].removeprefix("device_").replace("_", "-")
             raise ConfigError(
-                f"--config and {given[0]} exclude each other",
+                f"--config and --{option} exclude each other",
                 "the file says everything of its bridges",
             )
         return load_config(config_file)
-    for option in ("--name", "--backend"):
-        if single[option] is None:
+    for name in ("name", "backend"):
+        if single[name] is None:
             raise ConfigError(
-                f"serve needs {option}", "or --config with a file that names the bridges"
+                f"serve needs --{name}", "or --config with a file that names the bridges"
             )
-    mode = single["--socket-mode"]
-    if mode is not None and single["--listen"] is None:
+    mode = single["socket_mode"]
+    if mode is not None and single["listen"] is None:
         raise ConfigError("--socket-mode is for a --listen socket")
-    patience = single["--backend-timeout"]
+    patience = single["backend_timeout"]
     bridge = BridgeConfig(
-        name=single["--name"],
-        backend=single["--backend"],
-        listen=single["--listen"],
-        connect=single["--connect"],
-        fd=single["--fd"],
+        name=single["name"],
+        backend=single["backend"],
+        listen=single["listen"],
+        connect=single["connect"],
+        fd=single["fd"],
         socket_mode=parse_mode(mode or "600"),
-        device_id=device_id_of(single["--type"]) if single["--type"] else None,
-        incoming=single["--incoming"],
-        tracking=parse_tracking(single["--dirty-log"] or "auto"),
-        shadow=bool(single["--shadow"]),
-        on_disconnect=parse_on_disconnect(single["--on-disconnect"] or "reset"),
-        mac=parse_mac(single["--mac"]) if single["--mac"] is not None else None,
+        device_id=device_id_of(single["device_type"]) if single["device_type"] else None,
+        incoming=single["incoming"],
+        tracking=parse_tracking(single["dirty_log"] or "auto"),
+        shadow=bool(single["shadow"]),
+        on_disconnect=parse_on_disconnect(single["on_disconnect"] or "reset"),
+        mac=parse_mac(single["mac"]) if single["mac"] is not None else None,
         backend_timeout=math.inf if patience is None else parse_timeout(patience),
-        backend_command=parse_command(command) if (command := single["--backend-command"]) else (),
+        backend_command=parse_command(command) if (command := single["backend_command"]) else (),
     )
     return DaemonConfig(bridges=[bridge], control=usual_control(bridge.name))
 
