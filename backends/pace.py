@@ -25,10 +25,12 @@ class Pace:
             self._left = min(self._burst, self._left + (now - self._when) * self._rate)
         self._when = now
 
-    async def take(self) -> None:
-        """Wait for the turn of one thing. Cancelled, it has had its turn."""
+    async def take(self, count: int = 1) -> None:
+        """Wait for the turn of one thing, or of one that counts for several. Cancelled, it has had
+        its turn.
+        """
         self._refill()
-        self._left -= 1
+        self._left -= count
         if self._left < 0:
             await trio.sleep(-self._left / self._rate)
 

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 
 # How many messages a front-end may send a second for long, and how many at once. VMMs send some
 # hundred when a device starts and then hardly any; more would be other bridges' time.
-MESSAGES = 500
+MESSAGES = 150
 BURST = 2000
+# For how many messages a start of the device counts, which takes as long.
+START = 10
 
 # How many refusals are logged at once; for long it is one a second.
 TOLD = 50
@@ -166,6 +168,7 @@ class Session(DeviceUser):
     async def _serve_messages(self) -> bool:
         while self.successor is None:
             if self._out_of_step and not await self._message_comes_first():
+                await self._pace.take(START)
                 async with self.lock:
                     await self._recovering(self.apply)
                 continue

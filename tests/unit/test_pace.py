@@ -42,6 +42,13 @@ async def test_a_burst_comes_at_once_and_the_rest_in_turn(autojump_clock: MockCl
     assert [pace.spare() for _ in range(6)] == [True] * 5 + [False]
 
 
+async def test_one_thing_may_count_for_several(autojump_clock: MockClock) -> None:
+    pace, began = Pace(10, 5), trio.current_time()
+    for _ in range(4):
+        await pace.take(5)
+    assert trio.current_time() == pytest.approx(began + 1.5)
+
+
 async def test_silence_is_not_saved_for_later(autojump_clock: MockClock) -> None:
     pace = Pace(10, 5)
     await trio.sleep(1000)
