@@ -5,19 +5,25 @@ from __future__ import annotations
 import fcntl
 import os
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from vhostbridge.native import lib
 
-from .errors import KernelRefused, PeerError
+from .errors import KernelRefused, PeerError, Unsupported
 from .fds import OwnedFd
 from .foreign_fds import Kind, kind_of
 from .mapping import PAGE
+
+if TYPE_CHECKING:
+    from .state import DeviceState
 
 #: Regions begin at multiples of this.
 ALIGN = 64
 # Descriptors that there is room for at least. A guest may make its vring larger than its front-end
 # says, up to this in QEMU: SeaBIOS has 256 where QEMU says 128.
 ROOM = 1024
+# Of a region's header, and of an entry: its first byte says whether it is in flight.
+_SPLIT, _PACKED = 16, 32
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -76,7 +82,7 @@ class InflightBuffer:
             PeerError: it has none, or one that is too small.
             KernelRefused: mmap failed.
         """
-        each = self.size // self.queues // ALIGN * ALIGN
+        each = self._each
         entries = lib.vb_inflight_entries(each, packed)
         if index >= self.queues or vring_size > entries:
             raise PeerError(
@@ -89,6 +95,28 @@ class InflightBuffer:
                 raise KernelRefused("mapping the in-flight buffer", -address)
             self._mapped = address
         return int(self._mapped + index * each), int(entries)
+
+    @property
+    def _each(self) -> int:
+        return self.size // self.queues // ALIGN * ALIGN
+
+    def check_empty(self, state: DeviceState) -> None:
+        """Refuse a state that is not all: some of its requests are here.
+
+        Raises:
+            Unsupported: vrings of it stopped with requests in flight.
+        """
+        step = _PACKED if state.packed else _SPLIT
+        count = 0
+        for vring in state.vrings:
+            if vring.index < self.queues:
+                at = self.offset + vring.index * self._each
+                count += sum(map(bool, os.pread(self.fd.fileno(), self._each, at)[step::step]))
+        if count:
+            raise Unsupported(
+                f"{count} requests are in flight, which only the front-end's buffer has",
+                "let the guest go on, and suspend the device meanwhile",
+            )
 
     def close(self) -> None:
         """Unmap it and close the descriptor; nobody may use it any more. Idempotent."""

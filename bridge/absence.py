@@ -123,15 +123,17 @@ class Absence:
             memory.close()
             broken.close()
 
-    def settle(self) -> Mapping[int, int]:
+    def settle(self, *, leave: bool = False) -> Mapping[int, int]:
         """Count requests in flight as not fetched; where each vring is then, if there are any.
+
+        With ``leave`` they stay in the front-end's buffer, which has them.
 
         Raises:
             Unsupported: later requests overtook them. They stay, for another device to complete.
         """
         bases: dict[int, int] = {}
         if self._in_flight is not None:
-            self._in_flight.settle()
+            self._in_flight.settle(leave=leave)
             bases = {i: v.base or 0 for i, v in self._in_flight.vrings.items()}
             self.give_up_requests()
         return bases

@@ -63,8 +63,6 @@ class ShadowDevice(WrappedDevice):
         # Where the front-end keeps what is in flight, and whether vrings may stop with it.
         self._inflight: InflightBuffer | None = None
         self._may_leave = False
-        # Vrings that stopped so, each with how many requests the buffer has.
-        self._left: Mapping[int, int] = {}
         # Readable when a vring broke.
         self._broken = new_eventfd()
         # The vrings that run, or ran until the device was suspended.
@@ -203,7 +201,6 @@ class ShadowDevice(WrappedDevice):
             raise
         self._rings, self._guest, self._features = rings, dict(rings.vrings), features
         self.journal.traffic.begin(rings)
-        self._left = {}
         await signal_eventfds(*(vring.call for vring in vrings))
 
     async def _make_rings(
@@ -273,7 +270,7 @@ class ShadowDevice(WrappedDevice):
         try:
             await self._inner.suspend()
             await trio.to_thread.run_sync(rings.stop)
-            self._left = rings.settle(leave=leave)
+            rings.settle(leave=leave)
         except BridgeError:
             if self.state is State.SUSPENDED:
                 await self._inner.resume()
@@ -310,20 +307,17 @@ class ShadowDevice(WrappedDevice):
         await self._inner.reset()
         if self._rings is not None:
             await self._end_rings()
-        self._guest, self._running, self._left = None, frozenset(), {}
+        self._guest, self._running = None, frozenset()
 
     def load(self, state: DeviceState) -> None:
         self._inner.load(state)
-        self._guest, self._left = None, {}
+        self._guest = None
 
     async def capture(self) -> DeviceState:
-        if self._left:
-            raise Unsupported(
-                f"{sum(self._left.values())} requests are in flight, which only the front-end's "
-                "buffer has",
-                "let the guest go on, and suspend the device meanwhile",
-            )
-        return await super().capture()
+        state = await super().capture()
+        if self._inflight is not None:
+            self._inflight.check_empty(state)
+        return state
 
     async def aclose(self) -> None:
         if self._rings is not None:

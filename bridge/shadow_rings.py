@@ -262,11 +262,10 @@ class ShadowRings:
         for vring in self._vrings.values():
             lib.vb_shadow_stop(vring.handle)
 
-    def settle(self, *, leave: bool = False) -> Mapping[int, int]:
+    def settle(self, *, leave: bool = False) -> None:
         """After ``stop``: write down where each vring of the guest goes on.
 
         With ``leave`` that is behind the requests in flight, which are in the in-flight buffer.
-        Returns how many, for each vring that has some.
 
         Raises:
             Unsupported: a vring has requests in flight that later ones overtook.
@@ -287,10 +286,6 @@ class ShadowRings:
             vring.guest = replace(vring.guest, base=base)
             if not leave:
                 lib.vb_shadow_unfetch(vring.handle)
-        if not leave:
-            return {}
-        left = {index: int(lib.vb_shadow_inflight(handle)) for index, handle in handles.items()}
-        return {index: count for index, count in left.items() if count}
 
     def set_memory(self, memory: GuestMap) -> bool:
         """Use other guest memory from now on; False if a vring is not in it: nothing changed."""

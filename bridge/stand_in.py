@@ -55,7 +55,9 @@ class StandIn(Device):
         self._vrings: dict[int, VringSetup] = {}
         self._running: set[int] = set()
         self._regions = regions
+        # Where the front-end keeps what is in flight, and whether vrings may stop with it.
         self._inflight: InflightBuffer | None = None
+        self._may_leave = False
         # Whose internal state the vrings' positions need beside them.
         self._owner: str | None = None
         if absence.state is not None and absence.state.vrings:
@@ -130,7 +132,7 @@ class StandIn(Device):
         return replace(vring, base=known.base)
 
     async def stop_vring(self, index: int) -> int:
-        self._settle()
+        self._settle(leave=self._may_leave)
         self._running.discard(index)
         if not self._running and self.state is State.RUNNING:
             self._enter(Verb.SUSPEND)
@@ -145,20 +147,20 @@ class StandIn(Device):
         self._running.clear()
         self.state = after
 
-    # Whether a vring can stop now: what is in flight there is the last that was fetched.
+    # Whether a vring can stop now.
     def _settles(self) -> bool:
         try:
-            self._settle()
+            self._settle(leave=self._may_leave)
         except BridgeError:
             return False
         return True
 
-    # Requests in flight count as not fetched.
-    def _settle(self) -> None:
+    # Requests in flight count as not fetched, or stay in the front-end's buffer.
+    def _settle(self, *, leave: bool = False) -> None:
         if self._inflight is not None:
             vrings = list(self._vrings.values())
             self.absence.recall(self.features, vrings, self._regions, self._inflight)
-        bases = self.absence.settle()
+        bases = self.absence.settle(leave=leave)
         if bases:
             for index, base in bases.items():
                 self._vrings[index] = replace(self._vrings[index], base=base)
@@ -198,7 +200,13 @@ class StandIn(Device):
     def use_inflight(self, buffer: InflightBuffer | None, *, leave: bool = False) -> None:
         if not self.capabilities.inflight:
             super().use_inflight(buffer, leave=leave)
-        self._inflight = buffer
+        self._inflight, self._may_leave = buffer, leave and buffer is not None
+
+    async def capture(self) -> DeviceState:
+        state = await super().capture()
+        if self._inflight is not None:
+            self._inflight.check_empty(state)
+        return state
 
     async def log_writes(self, log: DirtyLog | None, used: Mapping[int, int]) -> None:
         """Nothing is written."""

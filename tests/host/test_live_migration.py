@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +17,7 @@ from tests.peers import migration
 from tests.peers.bridge import Bridge
 from tests.peers.guest import Guest, vhost_user_blk
 from tests.peers.storage import StorageDaemon, make_image
+from tests.rig.layer import newer_qemu
 
 MIB = 1 << 20
 MEMORY = 160
@@ -43,35 +46,43 @@ def digest_of(image: Path, mib: int, skip: int) -> str:
 class Host:
     """One side: a storage daemon on the shared image, and a bridge."""
 
-    def __init__(self, stack: ExitStack, image: Path, folder: Path, options: list[str]) -> None:
+    def __init__(
+        self, stack: ExitStack, image: Path, folder: Path, options: list[str], *, newer: bool
+    ) -> None:
         folder.mkdir()
         self.image = image
-        storage = stack.enter_context(StorageDaemon(image, folder / "disk.sock"))
+        self._tree = newer_qemu() if newer else None
+        self.storage = stack.enter_context(StorageDaemon(image, folder / "disk.sock"))
+        backend = f"vhost-user:{self.storage.socket}"
         self.bridge = stack.enter_context(
-            Bridge(f"vhost-user:{storage.socket}", listen=folder / "vm.sock", arguments=options)
+            Bridge(backend, listen=folder / "vm.sock", arguments=options)
         )
 
     def guest(self, *, incoming: bool) -> Guest:
         """A QEMU on this side's bridge."""
-        argv = vhost_user_blk(self.bridge.listen)
-        return Guest(argv, memory_mib=MEMORY, incoming=incoming)
+        more = ",inflight-migration=on" if self._tree else ""
+        argv = vhost_user_blk(self.bridge.listen, more=more)
+        return Guest(argv, memory_mib=MEMORY, incoming=incoming, tree=self._tree)
 
 
 @pytest.fixture
 def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Host, Host]]:
     """Two sides on one image, whose device logs by itself, or shadow vrings do, or nobody.
 
-    Or shadow vrings are always there, and QEMU keeps what is in flight.
+    Or shadow vrings are always there, and QEMU keeps what is in flight; a newer QEMU takes it along
+    (GET_VRING_BASE_INFLIGHT).
     """
-    options = {"auto": [], "always": ["--shadow", "--dirty-log", "shadow"]}.get(
+    always = ["--shadow", "--dirty-log", "shadow"]
+    options = {"auto": [], "always": always, "taken along": always}.get(
         request.param, ["--dirty-log", request.param]
     )
     image = make_image(tmp_path / "image")
     with ExitStack() as stack:
-        yield (
-            Host(stack, image, tmp_path / "a", options),
-            Host(stack, image, tmp_path / "b", options),
+        first, second = (
+            Host(stack, image, tmp_path / name, options, newer=request.param == "taken along")
+            for name in "ab"
         )
+        yield first, second
 
 
 def begin_load(guest: Guest) -> None:
@@ -94,7 +105,9 @@ def move(stack: ExitStack, source: Guest, to: Host, socket: Path) -> tuple[Guest
 
 
 BOTH = pytest.mark.parametrize("hosts", ["auto", "shadow"], indirect=True)
-ALL = pytest.mark.parametrize("hosts", ["auto", "shadow", "all", *["always"] * SOAK], indirect=True)
+ALL = pytest.mark.parametrize(
+    "hosts", ["auto", "shadow", "all", "taken along", *["always"] * SOAK], indirect=True
+)
 
 
 @ALL
@@ -143,3 +156,29 @@ def test_destination_that_dies_leaves_the_guest_running(
             with pytest.raises(migration.MigrationError, match="failed"):
                 migration.finish(source)
         check_load(source, hosts[0].image)
+
+
+@pytest.mark.parametrize("hosts", ["taken along"], indirect=True)
+def test_guest_moves_away_from_a_back_end_that_is_dead(
+    hosts: tuple[Host, Host], tmp_path: Path
+) -> None:
+    """Its requests in flight go along, and are done at the other side."""
+    here, there = hosts
+    with ExitStack() as stack:
+        source = stack.enter_context(here.guest(incoming=False))
+        begin_load(source)
+        here.storage.signal(signal.SIGSTOP)
+        time.sleep(1)  # what the guest still has in its cache is read by then
+        here.storage.kill()
+        here.bridge.wait_for_output("waiting for the back-end: ")
+        destination = stack.enter_context(there.guest(incoming=True))
+        migration.begin(source, destination, tmp_path / "migration", bandwidth=64 * MIB)
+        migration.finish(source)
+        # For a back-end that comes after all the state is not all.
+        with StorageDaemon(here.image, here.storage.socket):
+            here.bridge.wait_for_output("is ready")
+            saved = here.bridge.command("save", tmp_path / "state", check=False)
+        assert "in flight, which only the front-end's buffer has" in saved.stderr
+        destination.qmp.wait_for_event("RESUME")
+        source.qmp.execute("quit")
+        check_load(destination, here.image)

@@ -69,7 +69,8 @@ class Guest(Process):
 
     `arguments` are QEMU's for the devices under test, or for the whole machine if they say which.
     Its console is the process's output. With `incoming` it does not boot but waits for a migration
-    of another one. `launch` tells the command that runs that of QEMU.
+    of another one. `launch` tells the command that runs that of QEMU; `tree` is where another QEMU
+    than the rig's is.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Guest(Process):
         cpus: int = 2,
         incoming: bool = False,
         launch: Callable[[Sequence[str]], list[str]] | None = None,
+        tree: Path | None = None,
     ) -> None:
         self._incoming = incoming or "-incoming" in arguments
         if incoming:
@@ -89,7 +91,7 @@ class Guest(Process):
         with agent:
             inherited = (self.qmp.remote.fileno(), agent.fileno())
             argv = _qemu_argv(arguments, inherited, memory_mib=memory_mib, cpus=cpus)
-            command = launch(argv) if launch else peer_argv(argv, die_with_parent=True)
+            command = launch(argv) if launch else peer_argv(argv, die_with_parent=True, root=tree)
             children = launch is not None  # QEMU may be one
             super().__init__(command, name="qemu", pass_fds=inherited, children=children)
 

@@ -128,13 +128,21 @@ def _debootstrap(folder: Path) -> None:
     _mmdebstrap("apt", options, PACKAGES, folder)
 
 
-def extract(packages: Sequence[str], folder: Path) -> None:
-    """Unpack packages and what they depend on into a new folder, without setting them up."""
-    _mmdebstrap("extract", [], packages, folder)
+def extract(packages: Sequence[str], folder: Path, suite: str) -> None:
+    """Unpack packages and what they depend on into a new folder, without setting them up.
+
+    Whatever another suite than the tree's does not have comes from the tree's.
+    """
+    newer = [f'--aptopt=APT::Default-Release "{suite}"'] if suite != SUITE else []
+    _mmdebstrap("extract", newer, packages, folder, sorted({suite, SUITE}))
 
 
 def _mmdebstrap(
-    variant: str, options: Sequence[str], packages: Sequence[str], folder: Path
+    variant: str,
+    options: Sequence[str],
+    packages: Sequence[str],
+    folder: Path,
+    suites: Sequence[str] = (SUITE,),
 ) -> None:
     # Proxies, certificates and clock settings of this machine's apt hold for the tree's too.
     own = re.findall(
@@ -149,7 +157,7 @@ def _mmdebstrap(
             *('--aptopt=APT::Install-Recommends "false"', *options),
             *(f'--aptopt={name} "{value}"' for name, value in own),
             *(f"--include={' '.join(packages)}", SUITE, str(folder)),
-            f"deb [signed-by={KEYRING}] {debian_mirror()} {SUITE} main",
+            *(f"deb [signed-by={KEYRING}] {debian_mirror()} {suite} main" for suite in suites),
         ]
     )
 

@@ -13,7 +13,7 @@ import trio
 
 from tests.unit.fakes import FakeDevice, state, u64
 from tests.unit.frontend import OFFER, PF, FrontEnd, connected
-from vhostbridge.backends.errors import PeerError
+from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import Ability, How
@@ -245,3 +245,22 @@ async def test_vring_that_stops_while_its_device_is_away_has_nothing_in_flight(
             os.pwrite(buffer.fileno(), struct.pack("<B7xQ", 1, counter), 16 + 16 * head)
         assert await vm.base(0) == used
         assert in_flight(buffer) == []
+
+
+async def test_vring_that_stops_while_its_device_is_away_may_leave_its_requests() -> None:
+    """With GET_VRING_BASE_INFLIGHT, even if a later one is complete; the state is not all then."""
+    async with connected(Noting()) as vm:
+        await vm.set_up(protocol=PROTOCOL | PF.GET_VRING_BASE_INFLIGHT)
+        fetched, used = 10, 8
+        os.pwrite(vm.memory.fileno(), struct.pack("<HH", 0, fetched), 0x11000)
+        os.pwrite(vm.memory.fileno(), struct.pack("<3H", 5, 9, 6), 0x11000 + 4 + 2 * 7)
+        os.pwrite(vm.memory.fileno(), struct.pack("<HH", 0, used), 0x12000)
+        vm.device.fail("its process died")
+        buffer = await start_noted(vm, used)
+        os.pwrite(buffer.fileno(), struct.pack("<QHHHH", 0, 1, 256, 0, used), 0)
+        for counter, head in enumerate([5, 6], 1):
+            os.pwrite(buffer.fileno(), struct.pack("<B7xQ", 1, counter), 16 + 16 * head)
+        assert await vm.base(0) == fetched
+        assert in_flight(buffer) == [5, 6]
+        with pytest.raises(Unsupported, match="2 requests are in flight, which only the front-end"):
+            await vm.session.device.capture()
