@@ -74,6 +74,22 @@ def goes_on(guest: Guest) -> None:
     guest.run(UNTIL.format(f"[ $(cat /tmp/count) -gt {here + 1} ]"))
 
 
+def begin_load(hosts: tuple[Host, Host], stack: ExitStack) -> Guest:
+    hosts[0].uplink.tell("start")
+    guest = stack.enter_context(hosts[0].guest(incoming=False))
+    guest.run(f"ip link set eth0 up; ip address add {GUEST}/24 dev eth0")
+    guest.run(f"i=0; echo 0 >/tmp/count; ({LOAD}) >/tmp/log 2>&1 &")
+    goes_on(guest)
+    return guest
+
+
+def check_load(guest: Guest) -> None:
+    """It still goes on, and no byte was wrong."""
+    goes_on(guest)
+    guest.run(f"[ ! -e /tmp/done ] && touch /tmp/stop && ({UNTIL.format('[ -e /tmp/done ]')})")
+    assert guest.run("cat /tmp/log") == ""
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("dirty_log", ["auto", "shadow"])
 def test_connections_go_on_there_and_back(tmp_path: Path, dirty_log: str) -> None:
@@ -82,12 +98,8 @@ def test_connections_go_on_there_and_back(tmp_path: Path, dirty_log: str) -> Non
     DPDK logs by itself, or shadow vrings do.
     """
     with two_hosts(tmp_path, ["--dirty-log", dirty_log]) as hosts, ExitStack() as stack:
-        hosts[0].uplink.tell("start")
-        guest = stack.enter_context(hosts[0].guest(incoming=False))
-        guest.run(f"ip link set eth0 up; ip address add {GUEST}/24 dev eth0")
-        guest.run(f"i=0; echo 0 >/tmp/count; ({LOAD}) >/tmp/log 2>&1 &")
+        guest = begin_load(hosts, stack)
         for turn in range(1, 1 + ROUNDS):
-            goes_on(guest)
             here, there = hosts[1 - turn % 2], hosts[turn % 2]
             there.uplink.tell("start")
             destination = stack.enter_context(there.guest(incoming=True))
@@ -95,6 +107,15 @@ def test_connections_go_on_there_and_back(tmp_path: Path, dirty_log: str) -> Non
             assert told["ram"]["dirty-sync-count"] >= 2
             here.uplink.tell("stop")
             guest = destination
-        goes_on(guest)
-        guest.run(f"[ ! -e /tmp/done ] && touch /tmp/stop && ({UNTIL.format('[ -e /tmp/done ]')})")
-        assert guest.run("cat /tmp/log") == ""
+            goes_on(guest)
+        check_load(guest)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+def test_connections_go_on_after_a_migration_that_does_not_end(tmp_path: Path, how: str) -> None:
+    """Somebody cancels it, or the destination dies."""
+    with two_hosts(tmp_path, ["--dirty-log", "shadow"]) as hosts, ExitStack() as stack:
+        source = begin_load(hosts, stack)
+        with hosts[1].guest(incoming=True) as destination:
+            migration.break_off(source, destination, tmp_path / "migration", how)
+        check_load(source)

@@ -53,3 +53,23 @@ def migrate(
     source.qmp.execute("quit")
     source.wait()
     return told
+
+
+def break_off(source: Guest, destination: Guest, socket: Path, how: str) -> None:
+    """Begin one that takes long; it ends "cancelled", or "failed" since its destination is killed.
+
+    Raises:
+        AssertionError: it did not end so.
+    """
+    begin(source, destination, socket, bandwidth=4 << 20)
+    source.run("sleep 1")
+    if how == "cancelled":
+        source.qmp.execute("migrate_cancel")
+    else:
+        destination.kill()
+    try:
+        finish(source)
+        told = "completed"
+    except MigrationError as error:
+        told = str(error)
+    assert how in told, told
