@@ -31,7 +31,6 @@ NOT_RUN: dict[str, str] = {
     "docs/guides/cloud-hypervisor.md#disk": NO_PACKAGE,
     "docs/guides/cloud-hypervisor.md#network-card": NO_PACKAGE,
     "docs/guides/cloud-hypervisor.md#shared-folder": NO_PACKAGE,
-    "docs/guides/dpdk.md#open-vswitch": "Open vSwitch is not in the rig's tree",
     "docs/guides/mlx5.md#a-device": HARDWARE,
     "docs/testing.md#fuzzing": RUNNERS,
     "docs/testing.md#the-rig": RUNNERS,

@@ -7,7 +7,6 @@ import shlex
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,6 +22,9 @@ from tests.rig.report import REPOSITORY
 # What libvirt would do with systemd, which is not there.
 LIBVIRT = ("namespaces = []", "cgroup_controllers = []", 'security_driver = "none"')
 LIBVIRT_USER = 64055
+# What Debian's alternatives would do.
+WITH_DPDK = "ln -s /usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk $TREE/usr/sbin/ovs-vswitchd"
+OVS_DATABASE = "/run/openvswitch/db.sock"
 # What is not as it is written: this machine is smaller than the reader's, and the guest's kernel is
 # given to QEMU.
 SMALLER = {
@@ -113,9 +115,14 @@ class Reader(Follower[HostJob]):
         for name, text in files.items():
             self.place.run(f"echo {shlex.quote(text)} >>$TREE/etc/{name}")
         for name, socket in (("virtlogd", "virtlogd-sock"), ("libvirtd", "libvirt-sock")):
-            job = self.begin(name)
-            path = f"/run/libvirt/{socket}"
-            eventually(partial(self._there_or_ended, path, job), f"{path} exists")
+            self._begin_server(name, f"/run/libvirt/{socket}")
+
+    def start_open_vswitch(self) -> None:
+        """Start Open vSwitch's daemons, as its services do."""
+        self.run(f"{WITH_DPDK} && mkdir /run/openvswitch && ovsdb-tool create")
+        self._begin_server(f"ovsdb-server --remote=punix:{OVS_DATABASE}", OVS_DATABASE)
+        self.run("ovs-vsctl --no-wait init")
+        self.begin("ovs-vswitchd --pidfile")
 
     def here(self, text: str) -> str:
         for written, other in self._here.items():
@@ -143,5 +150,6 @@ class Reader(Follower[HostJob]):
         assert where == "qemu", where
         return str(self.guest.qmp.execute("human-monitor-command", **{"command-line": text}))
 
-    def _there_or_ended(self, path: str, job: HostJob) -> bool:
-        return self.exists(path) or job.ended() is not None
+    def _begin_server(self, text: str, socket: str) -> None:
+        job = self.begin(text)
+        eventually(lambda: self.exists(socket) or job.ended() is not None, f"{socket} exists")

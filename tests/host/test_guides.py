@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from tests.docs.blocks import section
 from tests.peers.process import eventually
-from tests.rig.layer import libvirt_layer
+from tests.rig.layer import libvirt_layer, open_vswitch_layer
 from tests.rig.report import REPOSITORY
 
 from .reader import Reader
@@ -55,6 +56,20 @@ def test_dpdk(reader: Reader) -> None:
     eventually(lambda: log.exists() and "RX-packets: " in log.read_text(), "counters")
     eventually(lambda: re.search(r"RX-packets: [1-9]", log.read_text()) is not None, "frames")
     reader.follow("docs/guides/dpdk.md#what-to-check")
+
+
+def test_open_vswitch() -> None:
+    """A guest and the switch's own port, on a bridge of OVS with DPDK."""
+    with Reader(open_vswitch_layer()) as reader:
+        reader.start_open_vswitch()
+        card = reader.commands("docs/guides/qemu.md#network-card")
+        for command in reader.commands("docs/guides/dpdk.md#open-vswitch"):
+            if command.where == "guest" and reader.guest is None:
+                (options,) = (c for c in card if c.where == "options")
+                reader.boot(replace(options, text=f"qemu-system-x86_64 {options.text}"))
+            reader.do(command)
+        counted = "'statistics:rx_packets>=3' 'statistics:tx_packets>=3'"
+        reader.run(f"ovs-vsctl --timeout=30 wait-until Interface vhost1 {counted}")
 
 
 def test_libvirt() -> None:

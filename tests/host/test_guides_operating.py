@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from collections.abc import Iterator
-from urllib.request import urlopen
 
 import pytest
 
@@ -24,11 +22,10 @@ IDLE = (
     "qemu-io --image-opts driver=virtio-blk-vhost-user,path=/run/vm1.sock,cache.direct=on "
     "-c 'write -P 7 0 64k' -c 'sleep 100000'"
 )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
+FETCH = (
+    "from urllib.request import urlopen; "
+    'print(urlopen("http://127.0.0.1:9273/metrics", timeout=10).read().decode())'
+)
 
 
 @pytest.fixture
@@ -38,7 +35,6 @@ def reader() -> Iterator[Reader]:
         "/etc/vhost-bridge.toml": "/srv/vhost-bridge.toml",
         "/var/lib/node_exporter": "/srv",
         "/srv/states/*": "/srv/*.state",
-        ":9273": f":{free_port()}",
     }
     with Reader(here=here) as person:
         with person.place.path("/srv/disk.img").open("wb") as image:
@@ -100,8 +96,7 @@ def test_metrics_of_a_file_of_bridges(reader: Reader) -> None:
         'backend = "vhost-user:/run/blk0.sock"\n',
     )
     reader.do(reader.commands("docs/monitoring.md#prometheus")[0])
-    with urlopen(f"http://127.0.0.1{reader.here(':9273')}/metrics", timeout=10) as answer:
-        assert b"vhost_bridge_bridges 1\n" in answer.read()
+    assert "vhost_bridge_bridges 1\n" in reader.run(f"python -c '{FETCH}'")
 
 
 def test_back_end_that_the_bridge_starts(reader: Reader) -> None:

@@ -1,8 +1,8 @@
 """A host of its own for the commands of a guide: they run as they are written.
 
-Its /run and /srv are empty and private, and so are its processes. Programs that this machine lacks
-are those of the rig's tree, called by their names; what they write there is gone afterwards.
-Everything else is this machine's.
+Its /run and /srv are empty and private, and so are its processes and its network. Programs that
+this machine lacks are those of the rig's tree, called by their names; what they write there is gone
+afterwards. Everything else is this machine's.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ SHARED = ("dev", "proc", "sys", "tmp")
 TREE_PROGRAMS = (
     *("qemu-system-x86_64", "qemu-storage-daemon", "qemu-img", "qemu-io", "virtiofsd"),
     *("dpdk-testpmd", "libvirtd", "virtlogd", "virsh", "virt-xml-validate", "varlinkctl"),
+    *("ovs-vsctl", "ovs-vswitchd", "ovsdb-server", "ovsdb-tool"),
 )
 # Process 1 of the place. It waits for all that it inherits, as libvirt expects of one.
 INIT = 'sh -c "$SETUP" && echo ready && while :; do sleep 1000 & wait; done'
@@ -56,7 +57,7 @@ class Place:
             [
                 *("setpriv", "--pdeathsig", "KILL"),
                 *("unshare", "--mount", "--propagation", "private"),
-                *("--pid", "--fork", "--kill-child", "--mount-proc"),
+                *("--net", "--pid", "--fork", "--kill-child", "--mount-proc"),
                 *("sh", "-c", INIT),
             ],
             name="place",
@@ -90,7 +91,7 @@ class Place:
         path = f"{self._programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         # nsenter's child is the program; unshare's is the place's first process.
         return [
-            *("nsenter", "--target", str(self._first()), "--mount", "--pid"),
+            *("nsenter", "--target", str(self._first()), "--mount", "--net", "--pid"),
             *("env", "-C", "/srv", f"PATH={path}", f"TREE={self.folder / 'tree'}", *inner),
         ]
 
@@ -134,6 +135,7 @@ class Place:
 
         tree = self.folder / "tree"
         layers = ":".join(str(path) for path in (self._layer, below) if path is not None)
+        yield "ip link set lo up"
         upper = f"upperdir={self.folder / 'upper'},workdir={self.folder / 'work'}"
         yield mount("-t", "overlay", "overlay", "-o", f"lowerdir={layers},{upper}", tree)
         for name in PRIVATE:

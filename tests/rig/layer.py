@@ -15,6 +15,7 @@ from .root import SUITE, extract
 
 BACKPORTS = f"{SUITE}-backports"
 LIBVIRT = ("libvirt-clients", "libvirt-daemon", "libvirt-daemon-driver-qemu")
+OPEN_VSWITCH = ("openvswitch-switch-dpdk",)
 NEWER_QEMU = ("base-files", "dash", "qemu-system-x86")
 FORMAT = 1
 
@@ -22,6 +23,11 @@ FORMAT = 1
 def libvirt_layer() -> Path:
     """Return libvirt's folder, made if need be; it lies over the tree while it is used."""
     return _folder("libvirt", LIBVIRT, SUITE)
+
+
+def open_vswitch_layer() -> Path:
+    """Return the folder of Open vSwitch with DPDK, made if need be, as libvirt's is."""
+    return _folder("openvswitch", OPEN_VSWITCH, SUITE)
 
 
 def newer_qemu() -> Path:
