@@ -17,7 +17,7 @@ demo: setup  ## verified I/O: libblkio, the bridge and the kernel's vdpa_sim_blk
 	@$(BIN)/python -m tests.demo
 
 test: setup  ## all tests: unit, host (real user-space peers), vm (real kernel vhost-vdpa), install
-	@VHOST_BRIDGE_NO_SKIPS=1 $(BIN)/pytest --durations=25
+	@VHOST_BRIDGE_NO_SKIPS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile --durations=25
 
 soak: setup  ## the tests with long counts at full length; results go to docs/soak.md
 	@VHOST_BRIDGE_NO_SKIPS=1 VHOST_BRIDGE_SOAK=1 $(BIN)/pytest -m soak --durations=0
