@@ -5,6 +5,7 @@ from __future__ import annotations
 HARDWARE = "the test machine has no such card"
 NO_PACKAGE = "Debian has no package of it, and the test machine has no KVM"
 RUNNERS = "they are what runs the tests"
+BY_CI = "CI runs them (.ci/run)"
 #: Under systemd, with the Debian package.
 PACKAGE = "tests/vm/test_guest.py::test_in_the_guest"
 
@@ -27,7 +28,7 @@ BY_OTHER_TESTS: dict[str, str] = {
 }
 #: Section: why no test runs its commands.
 NOT_RUN: dict[str, str] = {
-    "README.md#try-it": RUNNERS,
+    "README.md#try-it": BY_CI,
     "docs/guides/cloud-hypervisor.md#disk": NO_PACKAGE,
     "docs/guides/cloud-hypervisor.md#network-card": NO_PACKAGE,
     "docs/guides/cloud-hypervisor.md#shared-folder": NO_PACKAGE,
