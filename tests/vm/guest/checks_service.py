@@ -209,9 +209,9 @@ def check_journal_has_fields() -> None:
     assert any(line.startswith("vm1: running vrings") for line in lines), lines
     came = system.entries(*of_bridge, "VHOST_BRIDGE_EVENT=front-end-connected")
     assert came and all(one["VHOST_BRIDGE_PID"].isdecimal() for one in came), came
-    (pause,) = system.entries(*of_bridge, "VHOST_BRIDGE_EVENT=pause")
-    assert pause["VHOST_BRIDGE_REASON"] == "operator", pause
-    assert float(pause["VHOST_BRIDGE_SECONDS"]) > 0, pause
+    pauses = system.entries(*of_bridge, "VHOST_BRIDGE_EVENT=pause")
+    (asked,) = [one for one in pauses if one["VHOST_BRIDGE_REASON"] == "operator"]
+    assert float(asked["VHOST_BRIDGE_SECONDS"]) > 0, asked
 
 
 def check_reload_leaves_the_other_bridge_alone() -> None:
