@@ -1,4 +1,5 @@
-"""How long a front-end waits after each kind of crash: until its next request is complete.
+"""How long a front-end waits after each kind of crash: until its next request is complete. And how
+long it waits while its device is moved.
 
 A client writes and reads without a pause while one process is killed. Its slowest request tells how
 long it waited; where the client itself has to come again, the time until a new request is complete.
@@ -11,7 +12,7 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tests.host.test_backend_command import starting
@@ -26,6 +27,7 @@ from tests.vm.guest.survivor import BLOCKS, IN, Driver, connect
 from .measure import table
 
 ROUNDS = 20
+MOVES = 100
 LOAD: dict[str, object] = {"size": 4 << 20, "depth": 8, "seed": 1}
 
 
@@ -33,9 +35,11 @@ def _fill(socket: Path, folder: Path) -> None:
     blkio.run(socket, "fill", size=4 << 20, seed=1, state=folder / "state")
 
 
-def _slowest(socket: Path, folder: Path, crash: Callable[[], None]) -> float:
-    """The slowest of the requests around a crash, in ms."""
-    options = LOAD | {"state": folder / "state", "seconds": 1.5}
+def _slowest(
+    socket: Path, folder: Path, crash: Callable[[], object], seconds: float = 1.5
+) -> float:
+    """The slowest of the requests around a crash, or something else, in ms."""
+    options = LOAD | {"state": folder / "state", "seconds": seconds}
     with blkio.start(socket, "write-read", **options) as client:
         client.wait_for_output(blkio.RUNNING)
         time.sleep(0.1)
@@ -129,7 +133,25 @@ def _again(listen: Path, driver: Driver) -> Frontend:
             time.sleep(0.001)
 
 
-CRASHES = {
+def moved(folder: Path, *, switch: bool) -> list[float]:
+    """Between two storage daemons, by `switch`; or it is not, and that is what to compare."""
+    image, targets = make_image(folder / "image"), [folder / "one", folder / "two"]
+    with (
+        StorageDaemon(image, targets[0]),
+        StorageDaemon(image, targets[1]),
+        Bridge(f"vhost-user:{targets[0]}", listen=folder / "vm.sock") as bridge,
+    ):
+        _fill(bridge.listen, folder)
+
+        def go() -> None:
+            targets.reverse()
+            bridge.command("switch", f"vhost-user:{targets[0]}")
+
+        crash = go if switch else lambda: time.sleep(0.3)
+        return [_slowest(bridge.listen, folder, crash, 0.8) for _ in range(MOVES)]
+
+
+CRASHES: dict[str, Callable[[Path], Iterable[float]]] = {
     "nothing is killed": lambda folder: back_end(folder, crash=False),
     "back-end, started again by the bridge": lambda folder: back_end(folder, crash=True),
     "front-end: its next life, device kept": front_end,
@@ -138,16 +160,28 @@ CRASHES = {
 }
 
 
-def measure() -> Iterator[tuple[str, str]]:
-    """Titles and tables, as they come."""
-    rows = []
-    for title, crash in CRASHES.items():
+MOVED: dict[str, Callable[[Path], Iterable[float]]] = {
+    "nothing is moved": lambda folder: moved(folder, switch=False),
+    "moved by `switch`": lambda folder: moved(folder, switch=True),
+}
+
+
+def _rows(ways: dict[str, Callable[[Path], Iterable[float]]]) -> Iterator[list[str]]:
+    for title, way in ways.items():
         # In memory: a disk's own pauses are longer than most of these.
         with tempfile.TemporaryDirectory(prefix="vb-bench-", dir="/dev/shm") as name:
-            took = sorted(crash(Path(name)))
-        values = statistics.median(took), took[int(len(took) * 0.99)], took[-1]
-        rows.append([title, *(f"{value:.1f}" for value in values)])
+            took = sorted(way(Path(name)))
+        values = statistics.median(took), took[int(len(took) * 0.99) - 1], took[-1]
+        yield [title, *(f"{value:.1f}" for value in values)]
+
+
+def measure() -> Iterator[tuple[str, str]]:
+    """Titles and tables, as they come."""
+    yield (
+        f"A client's slowest request beside a switch ({MOVES} times each)",
+        table(["", "ms, median", "p99", "max"], list(_rows(MOVED))),
+    )
     yield (
         f"Recovery ({ROUNDS} times each)",
-        table(["killed", "ms, median", "p99", "max"], rows),
+        table(["killed", "ms, median", "p99", "max"], list(_rows(CRASHES))),
     )
