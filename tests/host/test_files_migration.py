@@ -29,10 +29,12 @@ LOAD = (
 class Host:
     """One side: a virtiofsd for the shared folder, and a bridge."""
 
-    def __init__(self, stack: ExitStack, shared: Path, folder: Path) -> None:
+    def __init__(
+        self, stack: ExitStack, shared: Path, folder: Path, mode: str = "file-handles"
+    ) -> None:
         folder.mkdir()
         self.shared = shared
-        server = stack.enter_context(virtiofsd(shared, folder / "fs.sock"))
+        server = stack.enter_context(virtiofsd(shared, folder / "fs.sock", mode))
         server.wait_for_output("Waiting for vhost-user socket connection")
         backend = f"vhost-user:{folder / 'fs.sock'}"
         self.bridge = stack.enter_context(
@@ -103,6 +105,24 @@ def test_files_stay_after_a_migration_that_does_not_end(
         with hosts[1].guest(incoming=True) as destination:
             migration.break_off(source, destination, tmp_path / "migration", how)
         check_load(source, hosts[0].shared)
+
+
+def test_state_that_the_destination_refuses_leaves_the_guest_where_it_is(tmp_path: Path) -> None:
+    """Its virtiofsd shares another folder, and does not find the file that is open."""
+    shared, other = tmp_path / "shared", tmp_path / "other"
+    for folder in (shared, other):
+        folder.mkdir()
+    (shared / "kept").write_text("kept\n")
+    with ExitStack() as stack:
+        here = Host(stack, shared, tmp_path / "a", "find-paths")
+        there = Host(stack, other, tmp_path / "b", "find-paths")
+        source = begin_load((here, there), stack)
+        destination = stack.enter_context(there.guest(incoming=True))
+        migration.begin(source, destination, tmp_path / "migration", bandwidth=64 << 20)
+        with pytest.raises(migration.MigrationError, match="failed"):
+            migration.finish(source)
+        there.bridge.wait_for_output("could not load the state: ")
+        check_load(source, shared)
 
 
 def test_open_file_goes_along(hosts: tuple[Host, Host], tmp_path: Path) -> None:

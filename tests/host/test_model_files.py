@@ -14,10 +14,11 @@ from tests.peers.process import Process, peer
 from vhostbridge.backends.errors import InvalidTransition
 
 
-def virtiofsd(shared: Path, socket: Path) -> Process:
+def virtiofsd(shared: Path, socket: Path, mode: str = "file-handles") -> Process:
+    """`mode`: by what the next one finds open files."""
     argv = ["virtiofsd", "--shared-dir", str(shared), "--socket-path", str(socket)]
     more = ["--sandbox", "none", "--log-level", "info", "--cache", "never"]
-    return peer([*argv, *more, "--migration-mode", "file-handles", "--modcaps=+dac_read_search"])
+    return peer([*argv, *more, "--migration-mode", mode, "--modcaps=+dac_read_search"])
 
 
 @pytest.fixture

@@ -19,6 +19,10 @@ class MigrationError(Exception):
 def begin(source: Guest, destination: Guest, socket: Path, *, bandwidth: int = 0) -> None:
     """Start it; `destination` waits for it. `bandwidth` limits it to that many bytes a second."""
     socket.unlink(missing_ok=True)
+    # The source goes on where the destination says that it can't.
+    for side in (source, destination):
+        capability = {"capability": "return-path", "state": True}
+        side.qmp.execute("migrate-set-capabilities", capabilities=[capability])
     destination.qmp.execute("migrate-incoming", uri=f"unix:{socket}")
     source.qmp.execute(
         "migrate-set-parameters",
