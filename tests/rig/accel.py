@@ -11,9 +11,10 @@ from .kernel import kernel_release
 from .report import RigError, cache_folder, say
 from .root import ensure_root, peer_argv
 
+# With ERMS the kernel clears and copies by `rep stosb`, which is emulated byte by byte.
 ACCELERATORS = {
     "kvm": ("-accel", "kvm", "-cpu", "host"),
-    "tcg": ("-accel", "tcg,thread=multi", "-cpu", "max"),
+    "tcg": ("-accel", "tcg,thread=multi", "-cpu", "max,erms=off,fsrm=off"),
 }
 PROBE_SECONDS = 20
 # A kernel that has no root file system comes this far, and ends.
