@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import struct
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ SECTOR = 512
 BLOCK = 4096
 
 
+@functools.lru_cache(4096)  # most is compared soon after it is written
 def content(seed: object, block: int, size: int = BLOCK) -> bytes:
     """What a block holds after the write that `seed` stands for."""
     return random.Random(f"{seed}/{block}").randbytes(size)
