@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.peers.build import build_peer
+from tests.rig.accel import accelerator
 from tests.rig.deb import build_deb, newer_deb
 from tests.rig.image import compile_python
 from tests.rig.job import Completed, Job
@@ -112,8 +113,11 @@ class GuestChecks:
 
     def _start_server(self) -> Job:
         self.vm.run(f"mkdir {ASKED}")
+        env = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        if accelerator() == "tcg":
+            env["EMULATED"] = "1"
         return self.vm.start(
             "cd /run/checks && exec env PYTHONPATH=/run/checks:$PYTHONPATH "
             f"python3 -m tests.vm.guest.harness {ASKED}",
-            env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
+            env=env,
         )

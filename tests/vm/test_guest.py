@@ -5,20 +5,8 @@ from __future__ import annotations
 import pytest
 
 from .checks import GUEST, GuestChecks, checks_of
+from .guest.harness import SOAK
 
-# Checks that count rounds.
-SOAK = (
-    "front_ends_killed_at_any_point",
-    "libblkio_killed_at_any_point",
-    "front_end_killed_at_any_moment_goes_on",
-    "daemon_killed_at_any_moment_loses_no_write",
-    "libblkio_suspended_at_any_moment",
-    "numbered_frames_over_suspends",
-    "shadow_vrings_come_and_go_under_load",
-    "block_between_vdpa_devices_on_one_store",
-    "block_between_vdpa_and_vhost_user",
-    "numbered_frames_between_vdpa_devices",
-)
 MODULES = sorted(path.stem for path in GUEST.glob("checks_*.py"))
 
 
@@ -29,7 +17,7 @@ MODULES = sorted(path.stem for path in GUEST.glob("checks_*.py"))
             module,
             check,
             id=f"{module.removeprefix('checks_')}: {check}",
-            marks=[pytest.mark.soak] if check in SOAK else [],
+            marks=[pytest.mark.soak] if f"check_{check}" in SOAK else [],
         )
         for module in MODULES
         for check in checks_of(module)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SYSFS = Path("/sys/bus/vdpa/devices")
+SECOND_PROCESSOR = Path("/sys/devices/system/cpu/cpu1/online")
 
 
 def sh(command: str, *, timeout: float = 30.0) -> str:
@@ -34,6 +35,17 @@ def wait_until(condition: Callable[[], object], timeout: float = 20.0) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"not so within {timeout:g} s")
         time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def both_processors() -> Iterator[None]:
+    """The machine has its second processor for the block's length: see the harness."""
+    before = SECOND_PROCESSOR.read_text()
+    SECOND_PROCESSOR.write_text("1")
+    try:
+        yield
+    finally:
+        SECOND_PROCESSOR.write_text(before)
 
 
 def node_of(name: str) -> str:

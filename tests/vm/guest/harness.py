@@ -4,6 +4,9 @@ Imports are slow there, so they are done once, and each request is served by a f
 N is the file FOLDER/N: a module and its checks, by name. Output goes to N.out and N.err, and the
 exit status to N.status, when it is complete.
 
+Where processors are emulated the machine has one of its two, as to wake the other one costs more
+than it gives; but both while a check runs whose point is what happens at the same time.
+
 A check is a function of the module called check_…; one JSON object a line says how it went.
 """
 
@@ -23,6 +26,8 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
+from .devices import SECOND_PROCESSOR, both_processors
+
 SECONDS = 900 if os.environ.get("VHOST_BRIDGE_SOAK") else 100  # a check may take
 
 # What every bridge and most checks need: they are forks of this process.
@@ -30,6 +35,30 @@ WARM = (
     *("vhostbridge.cli", "vhostbridge.bridge.daemon", "vhostbridge.backends.vdpa.opening"),
     *("vhostbridge.backends.vdpa.discovery", "vhostbridge.backends.vhostuser.connect"),
     *("tests.vm.guest.devices", "tests.vm.guest.blk", "tests.vm.guest.net"),
+)
+
+
+SOAK = (  # count rounds
+    "check_front_ends_killed_at_any_point",
+    "check_libblkio_killed_at_any_point",
+    "check_front_end_killed_at_any_moment_goes_on",
+    "check_daemon_killed_at_any_moment_loses_no_write",
+    "check_libblkio_suspended_at_any_moment",
+    "check_numbered_frames_over_suspends",
+    "check_shadow_vrings_come_and_go_under_load",
+    "check_block_between_vdpa_devices_on_one_store",
+    "check_block_between_vdpa_and_vhost_user",
+    "check_numbered_frames_between_vdpa_devices",
+)
+AT_ONCE = (
+    *SOAK,
+    "check_random_writes_read_back",
+    "check_requests_run_while_memory_changes",
+    "check_random_writes_and_reads",
+    "check_queue_pairs_over_suspends",
+    "check_commands_suspended_at_any_moment",
+    "check_memory_copied_by_the_log_alone",
+    "check_numbered_frames_while_shadow_vrings_come_and_go",
 )
 
 
@@ -46,7 +75,8 @@ def main(module: str, names: list[str]) -> None:
         signal.alarm(SECONDS)
         began, problem, said = time.monotonic(), "", io.StringIO()
         try:
-            with contextlib.redirect_stderr(said):
+            together = both_processors() if name in AT_ONCE else contextlib.nullcontext()
+            with contextlib.redirect_stderr(said), together:
                 getattr(checks, name)()
         except BaseException:
             problem = traceback.format_exc() + said.getvalue()
@@ -57,6 +87,8 @@ def main(module: str, names: list[str]) -> None:
 
 def serve(folder: Path) -> None:
     """Do what is asked, one request after the other."""
+    if os.environ.get("EMULATED"):
+        SECOND_PROCESSOR.write_text("0")
     for name in WARM:
         importlib.import_module(name)
     for number in itertools.count():
