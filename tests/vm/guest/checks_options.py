@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import ctypes
+import resource
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .blk import BlockDriver
@@ -13,17 +16,33 @@ from .memory import Memory
 from .vring import SplitRing
 
 MIB = 1 << 20
+# capabilities(7), of capget and capset.
+VERSION_3, SYS_RESOURCE = 0x20080522, 1 << 24
+HELD = ctypes.c_uint32 * 6
+
+
+def limited(kib: int, *, may_raise: bool) -> Callable[[], None]:
+    """What makes a process one that may lock `kib` KiB of memory, and perhaps not raise that."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (kib << 10, kib << 10))
+        if not may_raise:
+            libc, header, held = ctypes.CDLL(None), struct.pack("=Ii", VERSION_3, 0), HELD()
+            assert libc.capget(header, held) == 0
+            held[0] &= ~SYS_RESOURCE  # effective
+            held[1] &= ~SYS_RESOURCE  # permitted
+            assert libc.capset(header, held) == 0
+
+    return limit
 
 
 @contextlib.contextmanager
-def pinning(*, memlock: int = 0) -> Iterator[BridgeProcess]:
-    """A bridge to a device that pins memory, which may lock `memlock` KiB and not raise that."""
-    limited = f"ulimit -l {memlock} && exec setpriv --bounding-set -sys_resource "
-    prefix = ("sh", "-c", limited + '"$@"', "sh") if memlock else ()
+def pinning(before: Callable[[], None] | None = None) -> Iterator[BridgeProcess]:
+    """A bridge to a device that pins memory."""
     with (
         simulator_options("use_va=0"),
         block_device(),
-        serving(("pin", "vdpa:blk0"), prefix=prefix) as bridge,
+        serving(("pin", "vdpa:blk0"), before=before) as bridge,
     ):
         yield bridge
 
@@ -77,7 +96,7 @@ def check_stop_and_restart_with_pinned_memory() -> None:
 
 def check_limit_of_locked_memory_says_how_much_is_needed() -> None:
     """Root has that limit too; the daemon raises it where it may, and here it may not."""
-    with pinning(memlock=1024) as bridge:
+    with pinning(limited(1024, may_raise=False)) as bridge:
         with Frontend(bridge.socket) as frontend:
             frontend.negotiate()
             try:
@@ -95,7 +114,7 @@ def check_limit_of_locked_memory_says_how_much_is_needed() -> None:
 
 def check_region_over_the_limit_leaves_the_others() -> None:
     with (
-        pinning(memlock=6 * 1024) as bridge,
+        pinning(limited(6 * 1024, may_raise=False)) as bridge,
         running(bridge.socket, [Memory(4 * MIB)]) as (frontend, driver),
     ):
         driver.write_blocks("fits", range(10))
@@ -110,11 +129,7 @@ def check_region_over_the_limit_leaves_the_others() -> None:
 
 def check_daemon_raises_the_limit_where_it_may() -> None:
     with (
-        simulator_options("use_va=0"),
-        block_device(),
-        serving(
-            ("pin", "vdpa:blk0"), prefix=("sh", "-c", 'ulimit -l 1024 && exec "$@"', "sh")
-        ) as bridge,
+        pinning(limited(1024, may_raise=True)) as bridge,
         running(bridge.socket, [Memory(4 * MIB)]) as (_, driver),
     ):
         driver.write_blocks("raised", range(10))

@@ -138,23 +138,33 @@ class BridgeProcess:
 
 
 def spawn(
-    arguments: Sequence[str], socket: str = "", *, prefix: Sequence[str] = ()
+    arguments: Sequence[str],
+    socket: str = "",
+    *,
+    prefix: Sequence[str] = (),
+    before: Callable[[], None] | None = None,
 ) -> BridgeProcess:
     """Start `vhost-bridge` with arguments, in a fork of this process: imports are slow here.
 
-    With a prefix, such as setpriv and its options, the command itself is run.
+    `before` is what the fork does first. With a prefix, such as setpriv and its options, the
+    command itself is run.
     """
     fd, log = tempfile.mkstemp(prefix="bridge-", suffix=".log")
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        _become_bridge(fd, arguments, prefix)
+        _become_bridge(fd, arguments, prefix, before)
     os.close(fd)
     return BridgeProcess(pid, socket, Path(log))
 
 
-def _become_bridge(log: int, arguments: Sequence[str], prefix: Sequence[str]) -> None:
+def _become_bridge(
+    log: int,
+    arguments: Sequence[str],
+    prefix: Sequence[str],
+    before: Callable[[], None] | None,
+) -> None:
     status = 70
     try:
         os.dup2(log, 1)
@@ -163,6 +173,8 @@ def _become_bridge(log: int, arguments: Sequence[str], prefix: Sequence[str]) ->
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
         signal.alarm(0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        if before is not None:
+            before()
         if prefix:
             os.execvp(prefix[0], [*prefix, "vhost-bridge", *arguments])
         from vhostbridge import cli
@@ -184,19 +196,20 @@ def _become_bridge(log: int, arguments: Sequence[str], prefix: Sequence[str]) ->
 def serving(
     *bridges: tuple[str, str],
     prefix: Sequence[str] = (),
+    before: Callable[[], None] | None = None,
     more: Sequence[str] = (),
     patience: float = 60.0,
 ) -> Iterator[BridgeProcess]:
     """A daemon that serves `(name, back-end)` pairs on /tmp/NAME.sock; must end with status 0.
 
-    One pair goes by options, several by a configuration file. `prefix` is as for spawn(), `more`
-    are further options for one pair. Within `patience` seconds it must be up.
+    One pair goes by options, several by a configuration file. `prefix` and `before` are as
+    for spawn(), `more` are further options for one pair. Within `patience` seconds it must be up.
     """
     sockets = [f"/tmp/{name}.sock" for name, _ in bridges]
     if len(bridges) == 1:
         (name, backend), path = bridges[0], sockets[0]
         options = ["--name", name, "--listen", path, "--backend", backend, *more]
-        daemon = spawn(["serve", *options], path, prefix=prefix)
+        daemon = spawn(["serve", *options], path, prefix=prefix, before=before)
     else:
         tables = [
             f'[[bridge]]\nname = "{name}"\nlisten = "{path}"\nbackend = "{backend}"\n'
@@ -204,7 +217,8 @@ def serving(
         ]
         file = Path(tempfile.mkstemp(suffix=".toml")[1])
         file.write_text("".join(tables))
-        daemon = spawn(["serve", "--config", str(file)], sockets[0], prefix=prefix)
+        arguments = ["serve", "--config", str(file)]
+        daemon = spawn(arguments, sockets[0], prefix=prefix, before=before)
     try:
         daemon.wait_for(f"serving {len(bridges)} bridge", patience)
         yield daemon
