@@ -34,7 +34,7 @@ MAC, CTRL_VQ, CTRL_RX, CTRL_VLAN, CTRL_MAC_ADDR = 1 << 5, 1 << 17, 1 << 18, 1 <<
 PLAIN = MAC | CTRL_VQ | CTRL_MAC_ADDR
 EVERY = PLAIN | CTRL_RX | CTRL_VLAN | MQ
 OK, ERR = 0, 1
-ROUNDS = 500 if os.environ.get("VHOST_BRIDGE_SOAK") else 50
+ROUNDS = 500 if os.environ.get("VHOST_BRIDGE_SOAK") else 20
 
 
 class Guest:
