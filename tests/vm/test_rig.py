@@ -124,7 +124,7 @@ def test_product_can_be_imported(vm: Vm) -> None:
 @pytest.fixture
 def own_vm() -> Iterator[Vm]:
     """A virtual machine to lose; what it leaves for its user to read is removed."""
-    with Vm() as machine:
+    with Vm(memory_mib=512, cpus=1) as machine:
         yield machine
     shutil.rmtree(machine.folder, ignore_errors=True)
 
