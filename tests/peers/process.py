@@ -23,7 +23,7 @@ class Footprint:
     """What a process holds of the machine at one moment."""
 
     fds: int
-    mappings: int  # the heap not counted
+    mappings: int  # of files and shared memory: Python's own grow and shrink
     threads: int
     resident_kib: int
 
@@ -162,7 +162,7 @@ class Process:
         maps = (folder / "maps").read_text().splitlines()
         return Footprint(
             fds=len(os.listdir(folder / "fd")),
-            mappings=sum("[heap]" not in line for line in maps),
+            mappings=sum("/" in line for line in maps),
             threads=int(status["Threads"]),
             resident_kib=int(status["VmRSS"].split()[0]),
         )
