@@ -22,7 +22,8 @@ LOAD = (
     "exec 5>>/mnt/held; i=0; while [ ! -e /tmp/stop ]; do i=$((i + 1)); "
     "dd if=/dev/urandom of=/tmp/data bs=64k count=32 status=none; "
     "cp /tmp/data /mnt/load$((i % 4)) && cmp /tmp/data /mnt/load$((i % 4)) || break; "
-    "echo $i >&5 || break; echo $i >/tmp/count; done; exec 5>&-; touch /tmp/done"
+    "echo $i >&5 || break; echo $i >/tmp/new-count; mv /tmp/new-count /tmp/count; done; "
+    "exec 5>&-; touch /tmp/done"
 )
 
 

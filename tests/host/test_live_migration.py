@@ -32,7 +32,7 @@ LOAD = (
     f"mv /tmp/new /tmp/sum; all=$({SUM.format('')}); "
     f'for again in 1 2 3 4 5 6 7 8; do [ "$({SUM.format("")})" = "$all" ] || break 2; done; '
     f'[ "$({SUM.format("iflag=direct")})" = "$all" ] || break; '
-    "i=$((i + 1)); echo $i >/tmp/count; done; touch /tmp/done"
+    "i=$((i + 1)); echo $i >/tmp/new-count; mv /tmp/new-count /tmp/count; done; touch /tmp/done"
 )
 UNTIL = "for i in $(seq 300); do {} && exit 0; sleep 0.1; done; exit 1"
 

@@ -22,7 +22,7 @@ UNTIL = "for i in $(seq 300); do {} && exit 0; sleep 0.1; done; exit 1"
 LOAD = (
     "while [ ! -e /tmp/stop ]; do head -c 500000 /dev/urandom >/tmp/sent; "
     f"nc {SERVER} {PORT} </tmp/sent >/tmp/got || break; cmp /tmp/sent /tmp/got || break; "
-    "i=$((i + 1)); echo $i >/tmp/count; done; touch /tmp/done"
+    "i=$((i + 1)); echo $i >/tmp/new-count; mv /tmp/new-count /tmp/count; done; touch /tmp/done"
 )
 # Nothing here computes checksums for the guest, or cuts its segments.
 PLAIN = ",".join(
