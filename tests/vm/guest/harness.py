@@ -28,7 +28,7 @@ from types import FrameType
 
 from .devices import SECOND_PROCESSOR, both_processors
 
-SECONDS = 900 if os.environ.get("VHOST_BRIDGE_SOAK") else 100  # a check may take
+SECONDS = 900 if os.environ.get("VHOST_BRIDGE_SOAK") else 200  # a check may take
 
 # What every bridge and most checks need: they are forks of this process.
 WARM = (
@@ -49,6 +49,7 @@ SOAK = (  # count rounds
     "check_block_between_vdpa_devices_on_one_store",
     "check_block_between_vdpa_and_vhost_user",
     "check_numbered_frames_between_vdpa_devices",
+    "check_commands_suspended_at_any_moment",
 )
 AT_ONCE = (
     *SOAK,
@@ -56,7 +57,6 @@ AT_ONCE = (
     "check_requests_run_while_memory_changes",
     "check_random_writes_and_reads",
     "check_queue_pairs_over_suspends",
-    "check_commands_suspended_at_any_moment",
     "check_memory_copied_by_the_log_alone",
     "check_numbered_frames_while_shadow_vrings_come_and_go",
 )
