@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vhostbridge.backends.errors import StateError
@@ -114,11 +115,13 @@ class Absence:
         """
         if self._in_flight is not None or not vrings:
             return
-        # Until these are settled, or belong to a device, they touch neither.
+        # Until these are settled, or belong to a device, they touch neither. Nor eventfds: some of
+        # what a front-end set up once is closed by now.
+        silent = [replace(vring, kick=None, call=None, err=None) for vring in vrings]
         memory, broken = GuestMap(), new_eventfd()
         try:
             memory.update(regions)
-            self._in_flight = ShadowRings(features, vrings, memory, 0, broken, buffer)
+            self._in_flight = ShadowRings(features, silent, memory, 0, broken, buffer)
         finally:
             memory.close()
             broken.close()

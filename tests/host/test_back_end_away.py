@@ -32,7 +32,7 @@ def bridge(disk: StorageDaemon, tmp_path: Path) -> Iterator[Bridge]:
 
 @pytest.fixture
 def guest(bridge: Bridge) -> Iterator[Guest]:
-    with Guest(vhost_user_blk(bridge.listen)) as running:
+    with Guest(vhost_user_blk(bridge.listen, queues=2)) as running:
         running.qmp.timeout(SOON)
         yield running
 

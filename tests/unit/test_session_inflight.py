@@ -244,6 +244,7 @@ async def test_vring_that_stops_while_its_device_is_away_has_nothing_in_flight(
         for counter, head in enumerate(heads, 1):
             os.pwrite(buffer.fileno(), struct.pack("<B7xQ", 1, counter), 16 + 16 * head)
         assert await vm.base(0) == used
+        assert await vm.session.device.stop_vring(0) == used
         assert in_flight(buffer) == []
 
 
@@ -261,6 +262,8 @@ async def test_vring_that_stops_while_its_device_is_away_may_leave_its_requests(
         for counter, head in enumerate([5, 6], 1):
             os.pwrite(buffer.fileno(), struct.pack("<B7xQ", 1, counter), 16 + 16 * head)
         assert await vm.base(0) == fetched
+        # Another vring's stop looks again; the first one's eventfds are closed by then.
+        assert await vm.session.device.stop_vring(0) == fetched
         assert in_flight(buffer) == [5, 6]
         with pytest.raises(Unsupported, match="2 requests are in flight, which only the front-end"):
             await vm.session.device.capture()
