@@ -167,8 +167,9 @@ def test_guest_moves_away_from_a_back_end_that_is_dead(
         migration.begin(source, destination, tmp_path / "migration", bandwidth=64 * MIB)
         migration.finish(source)
         # For a back-end that comes after all the state is not all.
+        log = len(here.bridge.output)
         with StorageDaemon(here.image, here.storage.socket):
-            here.bridge.wait_for_output("is ready")
+            here.bridge.wait_for_output("is ready", start=log)
             saved = here.bridge.command("save", tmp_path / "state", check=False)
         assert "in flight, which only the front-end's buffer has" in saved.stderr
         destination.qmp.wait_for_event("RESUME")

