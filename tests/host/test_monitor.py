@@ -130,9 +130,11 @@ def test_rates_and_metrics_are_those_of_the_load(disk: StorageDaemon, tmp_path: 
             blkio.start(bridge.listen, "randread", seconds=2, depth=1) as client,
         ):
             eventually(lambda one=bridge: one.status().state == "running", "it runs")  # type: ignore[misc]
-            (vring, *_) = json.loads(bridge.command("status", "-j").stdout)["bridges"][0]["vrings"]
+            # One look may be at the load's first moments, or at another test's.
+            looks = [first_vring(bridge) for _ in range(3)]
+            vring = max(looks, key=lambda one: one["rate"]["requests"] or 0)
             result = blkio.finish(client)
-            assert 0 < vring["rate"]["requests"] < result["iops"] * 20
+            assert result["iops"] / 5 < vring["rate"]["requests"] < result["iops"] * 5
             assert (vring["rate"]["bytes"] is not None) == bool(arguments)
             scraped = scrape(tmp_path / "metrics")
             assert 'vhost_bridge_frontend_connections_total{bridge="b"} 1\n' in scraped
@@ -140,6 +142,12 @@ def test_rates_and_metrics_are_those_of_the_load(disk: StorageDaemon, tmp_path: 
             assert (found is not None) == bool(arguments)
             if found is not None:
                 assert int(found[1]) >= result["reads"]
+
+
+def first_vring(bridge: Bridge) -> dict[str, Any]:
+    (vring, *_) = json.loads(bridge.command("status", "-j").stdout)["bridges"][0]["vrings"]
+    assert isinstance(vring, dict)
+    return vring
 
 
 def scrape(path: Path) -> str:
