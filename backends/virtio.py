@@ -131,10 +131,10 @@ def _unknown_feature(
 ) -> UnknownFeature:
     of = f"virtio-{device_name(device_id)}" if device_id is not None else "the virtio transport"
     close = difflib.get_close_matches(name, bits, 1)
-    return UnknownFeature(
-        f"{of} has no feature {given!r}",
-        f"did you mean {close[0]}?" if close else "bit_N names a feature by its number",
-    )
+    hint = f"did you mean {close[0]}?" if close else "bit_N names a feature by its number"
+    if device_id is None:
+        hint = "with the type of the device (--type), its own features have names too"
+    return UnknownFeature(f"{of} has no feature {given!r}", hint)
 
 
 @dataclass(frozen=True, slots=True)

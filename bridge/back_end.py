@@ -26,6 +26,7 @@ from .config import BridgeConfig
 from .controlled import with_control
 from .events import Kind
 from .journal import Journal
+from .offer import without
 from .quiet import either
 from .shadow import ShadowDevice, with_shadow
 
@@ -215,6 +216,7 @@ class BackEnd:
                     inner, config.tracking, always=config.shadow, journal=self._journal
                 ) as device,
             ):
+                device.info = without(device.info, config.without_features)
                 one = Opened(device, config)
                 task_status.started(one)
                 await either(device.failed, one.let_go)

@@ -36,6 +36,7 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "mac": str,
     "backend-command": (str, list),
     "backend-timeout": (int, float),
+    "without-features": (str, list),
 }
 
 
@@ -61,6 +62,7 @@ class BridgeConfig:
         mac: the address that a vDPA network device is given, 6 bytes.
         backend_timeout: seconds that a front-end waits for a back-end that went away.
         backend_command: a program that is the back-end, started with the bridge; empty for none.
+        without_features: names of what front-ends are not offered, whatever the device has.
 
     Raises:
         ConfigError: on construction, when something is missing, too much or malformed.
@@ -80,6 +82,7 @@ class BridgeConfig:
     mac: bytes | None = None
     backend_command: tuple[str, ...] = ()
     backend_timeout: float = math.inf
+    without_features: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -231,6 +234,20 @@ def parse_command(command: str | Sequence[object]) -> tuple[str, ...]:
     return texts
 
 
+def parse_feature_names(names: str | Sequence[object]) -> tuple[str, ...]:
+    """The names of features: a list, or a string with commas between. What they mean depends on
+    the type of device, so that it is not known here whether there are such features.
+
+    Raises:
+        ConfigError: something else is among them.
+    """
+    words = names.split(",") if isinstance(names, str) else list(names)
+    texts = tuple(word.strip() for word in words if isinstance(word, str) and word.strip())
+    if len(texts) != len(words):
+        raise ConfigError(f"{names!r} is no list of features", "their names, such as MQ,SIZE_MAX")
+    return texts
+
+
 def load_config(path: Path) -> DaemonConfig:
     """Read a file of ``[[bridge]]`` tables, ``control`` (a path or false for no socket),
     ``metrics`` (an address), and ``trace`` with its ``trace-size`` in MiB.
@@ -340,6 +357,7 @@ def _bridge(place: _Place, table: object) -> BridgeConfig:
             mac=parse_mac(table["mac"]) if "mac" in table else None,
             backend_command=parse_command(table.get("backend-command", ())),
             backend_timeout=parse_timeout(table.get("backend-timeout", math.inf)),
+            without_features=parse_feature_names(table.get("without-features", [])),
         )
     except ConfigError as error:
         raise ConfigError(f"{place()}: {error.message}", error.hint) from None

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from vhostbridge.backends.device import Device, DeviceInfo
-from vhostbridge.backends.errors import PeerError
+from vhostbridge.backends.errors import ConfigError, PeerError
 from vhostbridge.backends.lifecycle import How
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
-from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature, feature_names
+from vhostbridge.backends.virtio import (
+    VHOST_ONLY_FEATURES,
+    BlockFeature,
+    DeviceId,
+    TransportFeature,
+    feature_names,
+    parse_features,
+)
 
 _NEITHER = "neither vhost-user nor vhost-vdpa has a way to do it"
 
@@ -29,6 +37,22 @@ HIDDEN: Mapping[TransportFeature, str] = MappingProxyType(
     }
 )
 _HIDDEN_MASK = sum(feature.mask for feature in HIDDEN)
+
+
+def without(info: DeviceInfo, names: Iterable[str]) -> DeviceInfo:
+    """The same device as if it had not the features of these names, whether or not it has them.
+
+    Raises:
+        ConfigError: a name is none of the device's type, or no driver could do without.
+    """
+    features = parse_features(names, info.device_id)
+    needed = TransportFeature.VERSION_1.mask
+    if info.device_id == DeviceId.BLOCK:
+        needed |= BlockFeature.RO.mask  # a driver would write
+    if refused := features & needed:
+        names = ", ".join(feature_names(refused, info.device_id))
+        raise ConfigError(f"a device can't be offered without {names}")
+    return replace(info, features=info.features & ~features)
 
 
 def offered_features(info: DeviceInfo) -> int:

@@ -94,6 +94,12 @@ if TYPE_CHECKING:
     help="Give a vDPA network device this address, the one that the VM's network device has.",
 )
 @click.option(
+    "--without-features",
+    metavar="NAMES",
+    help="Offer the VMM a device without these features (MQ,SIZE_MAX,...), so that its guest can "
+    "move to a back-end that lacks them.",
+)
+@click.option(
     "--socket-mode",
     metavar="MODE",
     help="Permissions of the --listen socket, octal; connecting needs write permission.  "
@@ -225,6 +231,7 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
         DaemonConfig,
         load_config,
         parse_command,
+        parse_feature_names,
         parse_mac,
         parse_mode,
         parse_on_disconnect,
@@ -266,6 +273,9 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
         mac=parse_mac(single["mac"]) if single["mac"] is not None else None,
         backend_timeout=math.inf if patience is None else parse_timeout(patience),
         backend_command=parse_command(command) if (command := single["backend_command"]) else (),
+        without_features=parse_feature_names(names)
+        if (names := single["without_features"])
+        else (),
     )
     return DaemonConfig(bridges=[bridge], control=usual_control(bridge.name))
 

@@ -135,6 +135,43 @@ def test_qemu_that_is_killed_leaves_a_usable_device(
     middle.check_log()
 
 
+def test_features_that_are_withheld_are_not_the_guests(disk: StorageDaemon, tmp_path: Path) -> None:
+    """Those that it sees otherwise; the disk works without them."""
+    withheld = {"SIZE_MAX": 1, "TOPOLOGY": 10, "CONFIG_WCE": 11}
+    seen = []
+    for names in ("DISCARD", ",".join([*withheld, "DISCARD"])):
+        options = ["--type", "block", "--without-features", names]
+        target = f"vhost-user:{disk.socket}"
+        with (
+            Bridge(target, listen=tmp_path / "vm.sock", arguments=options) as bridge,
+            Guest(vhost_user_blk(bridge.listen)) as guest,
+        ):
+            seen.append(guest.run("cat /sys/block/vda/device/features").strip())
+            assert guest.read_write(2, 0) == digest_of(disk.image, 2, 0)
+    before, after = seen
+    assert {name for name, bit in withheld.items() if before[bit] == "1"} == set(withheld)
+    assert [after[bit] for bit in withheld.values()] == ["0", "0", "0"]
+    assert before[13] == "0", "DISCARD"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("SIZE_MAX,VERSION_1", "a device can't be offered without VERSION_1"),
+        ("RO", "a device can't be offered without RO"),
+        ("TSO", "virtio-block has no feature 'TSO'"),
+    ],
+)
+def test_features_that_can_not_be_withheld_are_told_at_the_start(
+    disk: StorageDaemon, tmp_path: Path, names: str, said: str
+) -> None:
+    options = ["--type", "block", "--without-features", names]
+    bridge = Bridge(f"vhost-user:{disk.socket}", listen=tmp_path / "vm.sock", arguments=options)
+    assert bridge.wait() == 2
+    assert said in bridge.output
+    bridge.kill()
+
+
 def test_qemu_that_listens(disk: StorageDaemon, tmp_path: Path) -> None:
     """With --connect the bridge dials QEMU's socket (server=on), again and again."""
     path = tmp_path / "qemu.sock"

@@ -42,12 +42,20 @@ def test_file_gives_its_bridges_in_order(tmp_path: Path) -> None:
         ("[bridge]\nname = 1\n", "expected [[bridge]] tables"),
         ("control = 3\n" + GOOD, "control must be a path, or false"),
         ('control = ""\n' + GOOD, "control must be a path, or false"),
+        (GOOD + 'without-features = ["MQ", 3]\n', "bridge 1: ['MQ', 3] is no list of features"),
+        (GOOD + 'without-features = "MQ,,TSO"\n', "bridge 1: 'MQ,,TSO' is no list of features"),
     ],
 )
 def test_wrong_file_is_refused_with_the_place(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError) as refused:
         load(tmp_path, text)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("names", ['"MQ, SIZE_MAX"', '["MQ", "SIZE_MAX"]'])
+def test_features_to_do_without_are_a_list_or_a_string(tmp_path: Path, names: str) -> None:
+    (bridge,) = load(tmp_path, GOOD + f"without-features = {names}\n")
+    assert bridge.without_features == ("MQ", "SIZE_MAX")
 
 
 @pytest.mark.parametrize(

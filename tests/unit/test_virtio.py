@@ -122,6 +122,11 @@ def test_a_feature_of_another_device_type_is_refused_with_the_closest_name() -> 
         parse_features(["CTRL_MAC_ADDRESS"], DeviceId.NET)
 
 
+def test_a_feature_of_a_device_of_unknown_type_asks_for_the_type() -> None:
+    with pytest.raises(UnknownFeature, match=r"has no feature 'SIZE_MAX' \(with the type"):
+        parse_features(["SIZE_MAX"])
+
+
 def test_a_bit_number_past_the_feature_words_is_refused() -> None:
     with pytest.raises(UnknownFeature):
         parse_features(["bit_128"], DeviceId.NET)
