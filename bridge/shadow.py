@@ -4,9 +4,8 @@ a dirty log where the device has none."""
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -15,17 +14,15 @@ import trio
 from vhostbridge.backends.device import Device, MemoryRegion, VringSetup, whole
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, Unsupported
-from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
+from vhostbridge.backends.fds import OwnedFd, signal_eventfds
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import How, State
-from vhostbridge.backends.mapping import unmap
 from vhostbridge.backends.state import DeviceState
 
-from .events import Kind
 from .journal import Journal, journaled
-from .shadow_rings import GuestMap, ShadowRings, memory_size
+from .passage import Passage
+from .shadow_rings import ShadowRings
 from .tracking import Tracking, able
-from .window import CEILING, free_window
 from .wrapped import WrappedDevice
 
 _log = logging.getLogger("vhostbridge.shadow")
@@ -50,25 +47,16 @@ class ShadowDevice(WrappedDevice):
         self._tracking = tracking
         self.info = replace(inner.info, region_max=max(1, inner.info.region_max - 1))
         self.capabilities = able(inner, tracking, always=always)
-        self._memory: Sequence[MemoryRegion] = ()
-        self._map = GuestMap()
+        self._passage = Passage(inner, self.journal)
         # Whether requests shall pass through shadow vrings when they pass next.
         self._always = self._shadowed = always
         self._features = 0
         # The guest's vrings while they pass through shadow ones, and after, until they go straight.
         self._guest: Mapping[int, VringSetup] | None = None
-        self._rings: ShadowRings | None = None
-        # Those of a device that is gone, with what was in flight there.
-        self._inherited: ShadowRings | None = None
-        # Where the front-end keeps what is in flight, and whether vrings may stop with it.
-        self._inflight: InflightBuffer | None = None
+        # Whether vrings may stop with requests in flight.
         self._may_leave = False
-        # Readable when a vring broke.
-        self._broken = new_eventfd()
         # The vrings that run, or ran until the device was suspended.
         self._running: frozenset[int] = frozenset()
-        self._dirty: DirtyLog | None = None
-        self._used_logs: Mapping[int, int] = {}
         # Whether all memory is to be marked whenever the device stops.
         self._mark_all = False
         self._logs_itself = False
@@ -88,7 +76,7 @@ class ShadowDevice(WrappedDevice):
     @property
     def shadowed(self) -> bool:
         """Whether requests pass through shadow vrings now."""
-        return self._rings is not None
+        return self._passage.rings is not None
 
     @property
     def shadow(self) -> str:
@@ -101,7 +89,7 @@ class ShadowDevice(WrappedDevice):
     def logged_by(self) -> str:
         if self._logs_itself:
             return "the device"
-        if self._dirty is None:
+        if self._passage.log is None:
             return ""
         return "all guest memory" if self._mark_all else "shadow vrings"
 
@@ -110,27 +98,9 @@ class ShadowDevice(WrappedDevice):
     @whole
     @journaled
     async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
-        rings = self._rings
-        if rings is not None and not self._keeps_vrings(regions, rings):
+        if not self._passage.keeps_vrings(regions):
             await self.suspend()
-            rings = None
-        if rings is None:
-            await self._inner.set_memory(regions)
-            self._memory = regions
-            return
-        await self._inner.set_memory([*regions, rings.region])
-        gone = self._map.update(regions)
-        await trio.to_thread.run_sync(rings.set_memory, self._map)
-        unmap(gone)
-        self._memory = regions
-
-    # Whether shadow vrings can go on as they are with other memory.
-    def _keeps_vrings(self, regions: Sequence[MemoryRegion], rings: ShadowRings) -> bool:
-        removed = {r.key for r in self._memory} - {r.key for r in regions}
-        return not removed and all(
-            r.end <= rings.region.guest_address or rings.region.end <= r.guest_address
-            for r in regions
-        )
+        await self._passage.set_memory(regions)
 
     # Life
 
@@ -169,88 +139,28 @@ class ShadowDevice(WrappedDevice):
         except BridgeError as second:
             self.fail(f"{error}; going back failed too: {second}")
 
+    # The device stands still.
     async def _go(self, features: int, vrings: Sequence[VringSetup]) -> None:
+        await self._passage.end()
         if self._shadowed:
-            await self._go_through(features, vrings)
-            return
-        await self._drop_rings()
-        await self._inner.run(features, vrings)
-        self._guest = None
-
-    async def _go_through(self, features: int, vrings: Sequence[VringSetup]) -> None:
-        await self._drop_rings()
-        self._map.update(self._memory)
-        iova = free_window(self.info, self._memory, memory_size(features, vrings), CEILING)
-        inherited = self._inherited
-        rings = await self._make_rings(features, vrings, iova)
-        try:
-            rings.set_log(self._dirty, self._used_logs)
-            await self._inner.set_memory([*self._memory, rings.region])
-            await self._inner.run(rings.features, rings.setups)
-            rings.start()
-        except BaseException:
-            with trio.CancelScope(shield=True), suppress(BridgeError):
-                if self.state is State.RUNNING:
-                    await self._inner.suspend()
-                await self._inner.set_memory(self._memory)
-            rings.stop()
-            # What was in flight in a device before is for the one after this.
-            self._inherited = inherited
-            if inherited is None:
-                rings.close()
-            raise
-        self._rings, self._guest, self._features = rings, dict(rings.vrings), features
-        self.journal.traffic.begin(rings)
-        await signal_eventfds(*(vring.call for vring in vrings))
-
-    async def _make_rings(
-        self, features: int, vrings: Sequence[VringSetup], iova: int
-    ) -> ShadowRings:
-        rings, self._inherited = self._inherited, None
-        if rings is None:
-            return await trio.to_thread.run_sync(
-                ShadowRings, features, vrings, self._map, iova, self._broken, self._inflight
-            )
-        try:
-            await trio.to_thread.run_sync(rings.renew, vrings, self._map, iova, self._broken)
-        except BridgeError:
-            rings.close()
-            raise
-        return rings
+            self._guest = await self._passage.begin(features, vrings)
+            self._features = features
+            await signal_eventfds(*(vring.call for vring in vrings))
+        else:
+            await self._inner.run(features, vrings)
+            self._guest = None
 
     def hand_over(self) -> ShadowRings | None:
         """The shadow vrings of a device that FAILED, for ``take_over`` of one in its place."""
-        rings, self._rings = self._rings, None
-        if rings is not None:
-            rings.stop()
-            self.journal.traffic.end(rings)
-        return rings
+        return self._passage.hand_over()
 
     def take_over(self, rings: ShadowRings) -> None:
         """Begin the next ``run`` with what is in flight in these vrings."""
-        self._inherited = rings
+        self._passage.take_over(rings)
 
     def give_back(self) -> ShadowRings | None:
         """What ``take_over`` was given, if the device did not get to run with it."""
-        rings, self._inherited = self._inherited, None
-        return rings
-
-    # The device stands still and is about to get other vrings.
-    async def _drop_rings(self) -> None:
-        if self._rings is not None:
-            await self._end_rings()
-        self._map.close()
-
-    async def _end_rings(self) -> None:
-        rings, self._rings = self._rings, None
-        assert rings is not None
-        self.journal.traffic.end(rings)
-        try:
-            if self.state not in (State.FAILED, State.CLOSED):
-                await self._inner.set_memory(self._memory)
-        finally:
-            await trio.to_thread.run_sync(rings.close)
-            self._map.close()
+        return self._passage.give_back()
 
     @whole
     @journaled
@@ -258,33 +168,17 @@ class ShadowDevice(WrappedDevice):
         await self._suspend(leave=False)
 
     async def _suspend(self, *, leave: bool) -> None:
-        rings = self._rings
-        if rings is None:
-            await self._inner.suspend()
+        if self.shadowed:
+            self._guest = await self._passage.suspend(leave=leave)
+            await self._passage.end()
         else:
-            await self._suspend_rings(rings, leave=leave)
-        await self._mark_if_stopped()
-
-    async def _suspend_rings(self, rings: ShadowRings, *, leave: bool) -> None:
-        await trio.to_thread.run_sync(rings.hold)
-        try:
             await self._inner.suspend()
-            await trio.to_thread.run_sync(rings.stop)
-            rings.settle(leave=leave)
-        except BridgeError:
-            if self.state is State.SUSPENDED:
-                await self._inner.resume()
-            if self.state is State.RUNNING:
-                await trio.to_thread.run_sync(rings.stop)
-                rings.start()
-            raise
-        self._guest = dict(rings.vrings)
-        await self._end_rings()
+        await self._mark_if_stopped()
 
     # Where nothing tells what the device wrote, it may have been anything.
     async def _mark_if_stopped(self) -> None:
-        if self._mark_all and self._dirty is not None:
-            await trio.to_thread.run_sync(self._dirty.mark_all, self._memory)
+        if self._mark_all and (log := self._passage.log) is not None:
+            await trio.to_thread.run_sync(log.mark_all, self._passage.memory)
 
     @whole
     @journaled
@@ -305,8 +199,7 @@ class ShadowDevice(WrappedDevice):
     @journaled
     async def reset(self) -> None:
         await self._inner.reset()
-        if self._rings is not None:
-            await self._end_rings()
+        await self._passage.end()
         self._guest, self._running = None, frozenset()
 
     def load(self, state: DeviceState) -> None:
@@ -315,28 +208,25 @@ class ShadowDevice(WrappedDevice):
 
     async def capture(self) -> DeviceState:
         state = await super().capture()
-        if self._inflight is not None:
-            self._inflight.check_empty(state)
+        if self._passage.inflight is not None:
+            self._passage.inflight.check_empty(state)
         return state
 
     async def aclose(self) -> None:
-        if self._rings is not None:
-            await self._end_rings()
-        if self._inherited is not None:
-            self._inherited.close()
-        self._map.close()
+        await self._passage.aclose()
         await self._inner.aclose()
-        self._broken.close()
 
     # Changes while running
 
     def _shadow_vring(self, index: int) -> VringSetup | None:
-        return None if self._rings is None else self._rings.vrings.get(index)
+        rings = self._passage.rings
+        return None if rings is None else rings.vrings.get(index)
 
     async def _exchange(self, vring: VringSetup) -> None:
-        assert self._rings is not None
-        await trio.to_thread.run_sync(self._rings.replace_eventfd, vring.index, vring)
-        self._guest = dict(self._rings.vrings)
+        rings = self._passage.rings
+        assert rings is not None
+        await trio.to_thread.run_sync(rings.replace_eventfd, vring.index, vring)
+        self._guest = dict(rings.vrings)
 
     async def set_call(self, index: int, fd: OwnedFd | None) -> None:
         if vring := self._shadow_vring(index):
@@ -377,14 +267,12 @@ class ShadowDevice(WrappedDevice):
             await self._inner.log_writes(log, used)
             self._logs_itself = log is not None
         elif self._tracking is Tracking.ALL:
-            self._dirty, self._mark_all = log, log is not None
+            self._passage.log, self._mark_all = log, log is not None
         else:
             await self._log_in_shadow(log, used)
 
     async def _log_in_shadow(self, log: DirtyLog | None, used: Mapping[int, int]) -> None:
-        self._dirty, self._used_logs = log, dict(used)
-        if self._rings is not None:
-            await trio.to_thread.run_sync(self._rings.set_log, log, used)
+        await self._passage.set_log(log, dict(used))
         try:
             await self._set_shadowed(self._always or (log is not None and not self._mark_all))
         except Unsupported as error:
@@ -425,21 +313,11 @@ class ShadowDevice(WrappedDevice):
         if not self._always:
             self._inner.use_inflight(buffer)
             return
-        self._inflight, self._may_leave = buffer, leave and buffer is not None
-
-    # Breaks of vrings
+        self._passage.inflight, self._may_leave = buffer, leave and buffer is not None
 
     async def watch(self) -> None:
         """Report vrings that break to the guest and in the log, for ever."""
-        while True:
-            await trio.lowlevel.wait_readable(self._broken.fileno())
-            with suppress(BlockingIOError):
-                os.eventfd_read(self._broken.fileno())
-            for vring, reason in self._rings.broken_vrings() if self._rings else ():
-                _log.error("%s: vring %d stopped: %s", self.info.target, vring.index, reason)
-                told = f"vring {vring.index}: {reason}"
-                self.journal.tell(Kind.VRING_BROKEN, told, vring=vring.index, why=reason)
-                await signal_eventfds(vring.err)
+        await self._passage.watch()
 
 
 @asynccontextmanager
