@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import trio
 
 from .errors import BridgeError, TransportLost, Unsupported
-from .fds import OwnedFd
+from .fds import OwnedFd, signal_eventfds
 from .lifecycle import Capabilities, State, Verb, step
 from .trace import OFF, Tracer
 
@@ -104,6 +104,11 @@ class VringSetup:
     def layout(self) -> tuple[int, int, int, int]:
         """What makes it the same ring, whatever its position and eventfds are."""
         return (self.size, self.descriptor_area, self.driver_area, self.device_area)
+
+
+async def kick_and_call(vrings: Iterable[VringSetup]) -> None:
+    """Notify both sides of each vring once, for what they were not told while it stood still."""
+    await signal_eventfds(*(fd for vring in vrings for fd in (vring.kick, vring.call)))
 
 
 # How long one operation may take, in seconds. VDUSE gives its processes 30 for one request.

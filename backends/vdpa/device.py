@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,16 +12,25 @@ from typing import TypeVar
 import trio
 
 from vhostbridge.backends.control_vring import ControlVring
-from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup, whole
+from vhostbridge.backends.device import (
+    Device,
+    DeviceInfo,
+    MemoryRegion,
+    VringSetup,
+    kick_and_call,
+    whole,
+)
 from vhostbridge.backends.errors import BridgeError, KernelRefused, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
 from vhostbridge.backends.lifecycle import Capabilities, How, State, Status, Verb, step
 from vhostbridge.backends.pace import Pace
-from vhostbridge.backends.ring_memory import available_index, used_index
+from vhostbridge.backends.ring_memory import used_index
 from vhostbridge.backends.virtio import DeviceId, TransportFeature
 
 from .chardev import BackendFeature, Chardev
 from .control_space import ControlSpace
+from .draining import wait_drained
+from .launch import Launcher
 from .memory import GuestMemory, check_regions
 
 T = TypeVar("T")
@@ -39,10 +47,6 @@ _WANTED = (
     | BackendFeature.IOTLB_PERSIST
 )
 
-# How long a device without SUSPEND may take to finish what it has fetched, in seconds.
-DRAIN_SECONDS = 5.0
-# How long it may take to look at a vring that it was kicked for, in seconds.
-SETTLE_SECONDS = 0.01
 # How many configuration changes of a device a second are passed on.
 CHANGES = 100
 
@@ -61,6 +65,7 @@ class VdpaDevice(Device):
         self._persist = BackendFeature.IOTLB_PERSIST in acked
         self._memory = GuestMemory(chardev, batch=BackendFeature.IOTLB_BATCH in acked)
         self._control_space = ControlSpace(chardev, self._memory, acked)
+        self._launcher = Launcher(chardev, info.target, self.backend_features, self._control_space)
         #: A control vring of the bridge's own, which runs with those of the next ``run``.
         self.control: ControlVring | None = None
         # The one that the device was started with.
@@ -156,7 +161,7 @@ class VdpaDevice(Device):
             await self._call(self._resume, vrings)
         else:
             await self._call(self._restart, self.control, features, vrings)
-        await signal_eventfds(*(fd for v in vrings for fd in (v.kick, v.call)))
+        await kick_and_call(vrings)
 
     # As it was before an operation that failed.
     async def _go_back(
@@ -175,7 +180,7 @@ class VdpaDevice(Device):
             return
         try:
             await self._call(self._restart, control, features, list(rings.values()))
-            await signal_eventfds(*(fd for v in rings.values() for fd in (v.kick, v.call)))
+            await kick_and_call(rings.values())
         except BridgeError as second:
             self.fail(f"{error}; going back failed too: {second}")
 
@@ -211,7 +216,7 @@ class VdpaDevice(Device):
         for index in self._rings:
             vring = wanted.get(index)
             if vring is not None:
-                self._set_eventfds(vring)
+                self._launcher.set_eventfds(vring)
             self._dev.set_vring_enable(index, vring is not None and vring.enabled)
         self._dev.resume()
         self._rings.update(wanted)
@@ -222,15 +227,7 @@ class VdpaDevice(Device):
     ) -> None:
         self._reset()
         try:
-            self._negotiate(features)
-            for vring in vrings:
-                self._set_up(vring)
-            self._dev.set_config_call(self._config_call)
-            if control is None:
-                self._enable(vrings)
-                self._dev.set_status(self._dev.status() | Status.DRIVER_OK)
-            else:
-                self._begin_with(control, features, vrings)
+            self._launcher.launch(features, vrings, control, self._config_call)
         except BaseException:
             self._reset()
             raise
@@ -238,55 +235,6 @@ class VdpaDevice(Device):
         self._rings = {v.index: v for v in vrings}
         self._controlled = control
         self._enter_running()
-
-    def _negotiate(self, features: int) -> None:
-        status = Status.ACKNOWLEDGE | Status.DRIVER
-        self._dev.set_status(status)
-        # ACCESS_PLATFORM is the bridge's business: vdpa_sim and VDUSE insist on it, and the
-        # front-end never sees it because IOVA equals guest physical address.
-        self._dev.set_features(features | TransportFeature.ACCESS_PLATFORM.mask)
-        self._dev.set_status(status | Status.FEATURES_OK)
-        if not self._dev.status() & Status.FEATURES_OK:
-            raise Unsupported(f"{self.info.target} does not accept features {features:#x}")
-
-    def _set_up(self, vring: VringSetup) -> None:
-        self._dev.set_vring_num(vring.index, vring.size)
-        self._dev.set_vring_base(vring.index, vring.base or 0)
-        self._dev.set_vring_addr(
-            vring.index, vring.descriptor_area, vring.driver_area, vring.device_area
-        )
-        self._set_eventfds(vring)
-
-    def _enable(self, vrings: Sequence[VringSetup]) -> None:
-        for vring in vrings:
-            self._dev.set_vring_enable(vring.index, vring.enabled)
-
-    # The others run once all is said: where the device takes that, they are enabled then, and
-    # else only kicked.
-    def _begin_with(
-        self, control: ControlVring, features: int, vrings: Sequence[VringSetup]
-    ) -> None:
-        late = BackendFeature.ENABLE_AFTER_DRIVER_OK in self.backend_features
-        own = control.renew(features)
-        self._control_space.place(control, vrings)
-        self._set_up(own)
-        if not late:
-            for vring in vrings:
-                self._dev.set_vring_kick(vring.index, None)
-            self._enable(vrings)
-        self._enable([own])
-        self._dev.set_status(self._dev.status() | Status.DRIVER_OK)
-        control.introduce(features, vrings)
-        if late:
-            self._enable(vrings)
-        else:
-            for vring in vrings:
-                self._dev.set_vring_kick(vring.index, vring.kick)
-
-    def _set_eventfds(self, vring: VringSetup) -> None:
-        self._dev.set_vring_kick(vring.index, vring.kick)
-        self._dev.set_vring_call(vring.index, vring.call)
-        self._dev.set_vring_err(vring.index, vring.err)
 
     async def stop_vring(self, index: int) -> int:
         await self.suspend()
@@ -323,9 +271,9 @@ class VdpaDevice(Device):
                 await self._call(self._dev.resume)
             else:
                 for ring in rings.values():
-                    await self._call(self._set_eventfds, ring)
+                    await self._call(self._launcher.set_eventfds, ring)
             self._rings = rings
-            await signal_eventfds(*(fd for v in rings.values() for fd in (v.kick, v.call)))
+            await kick_and_call(rings.values())
         except BridgeError as second:
             self.fail(f"{error}; going on failed too: {second}")
 
@@ -361,7 +309,7 @@ class VdpaDevice(Device):
             self._dev.set_vring_kick(index, None)
         # A network device holds receive buffers for ever; they count as not fetched.
         if self.info.device_id != DeviceId.NET:
-            self._wait_drained()
+            wait_drained(self._dev, self.info.target, self._memory.regions, self._rings.values())
         self._dev.set_status(0)
         self._must_restart = True
         self._rings = {
@@ -371,29 +319,6 @@ class VdpaDevice(Device):
         if not self._persist:
             self._memory.map_again()
             self._control_space.map_again()
-
-    # A request is done once it is used. One whose kick was just delivered may not even be fetched;
-    # one that the driver has not kicked for yet never will be: so a position short of what was
-    # available counts only when it has not moved for a while.
-    def _wait_drained(self) -> None:
-        deadline = time.monotonic() + DRAIN_SECONDS
-        for index, ring in self._rings.items():
-            available = available_index(self._memory.regions, ring)
-            last, since = -1, 0.0
-            while True:
-                base, now = self._dev.vring_base(index), time.monotonic()
-                if base != last:
-                    last, since = base, now
-                if base == used_index(self._memory.regions, ring) and (
-                    base == available or now > since + SETTLE_SECONDS
-                ):
-                    break
-                if now > deadline:
-                    raise Unsupported(
-                        f"{self.info.target} can't be stopped: vring {index} did not finish its "
-                        f"requests in {DRAIN_SECONDS:g} s"
-                    )
-                time.sleep(0.001)
 
     @whole
     async def reset(self) -> None:

@@ -9,7 +9,14 @@ from types import MappingProxyType
 
 import trio
 
-from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup, whole
+from vhostbridge.backends.device import (
+    Device,
+    DeviceInfo,
+    MemoryRegion,
+    VringSetup,
+    kick_and_call,
+    whole,
+)
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost, Unsupported
 from vhostbridge.backends.fds import OwnedFd, close_all, new_eventfd, signal_eventfds
@@ -163,7 +170,7 @@ class VhostUserDevice(Device):
             await self._go_back(before, error)
             raise
         self._enter_running()
-        await signal_eventfds(*(fd for v in new for fd in (v.kick, v.call)))
+        await kick_and_call(new)
         self._tell_config_change()
 
     # As it was before an operation that failed: these vrings run, from where they are.
@@ -181,7 +188,7 @@ class VhostUserDevice(Device):
             ]
             if again:
                 await self._start(self.features, again)
-                await signal_eventfds(*(fd for v in again for fd in (v.kick, v.call)))
+                await kick_and_call(again)
         except BridgeError as second:
             self.fail(f"{error}; going back failed too: {second}")
 

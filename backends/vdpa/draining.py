@@ -1,0 +1,49 @@
+"""Waiting until a device without SUSPEND has finished the requests that it fetched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable
+
+from vhostbridge.backends.device import MemoryRegion, VringSetup
+from vhostbridge.backends.errors import Unsupported
+from vhostbridge.backends.ring_memory import available_index, used_index
+
+from .chardev import Chardev
+
+# How long a device may take to finish what it has fetched, in seconds.
+DRAIN_SECONDS = 5.0
+# How long it may take to look at a vring that it was kicked for, in seconds.
+SETTLE_SECONDS = 0.01
+
+
+def wait_drained(
+    device: Chardev, target: str, regions: Collection[MemoryRegion], vrings: Iterable[VringSetup]
+) -> None:
+    """Wait for split vrings that are not kicked any more. Blocking.
+
+    A request is done once it is used. One whose kick was just delivered may not even be fetched;
+    one that the driver has not kicked for yet never will be: so a position short of what was
+    available counts only when it has not moved for a while.
+
+    Raises:
+        Unsupported: requests take too long.
+    """
+    deadline = time.monotonic() + DRAIN_SECONDS
+    for vring in vrings:
+        available = available_index(regions, vring)
+        last, since = -1, 0.0
+        while True:
+            base, now = device.vring_base(vring.index), time.monotonic()
+            if base != last:
+                last, since = base, now
+            if base == used_index(regions, vring) and (
+                base == available or now > since + SETTLE_SECONDS
+            ):
+                break
+            if now > deadline:
+                raise Unsupported(
+                    f"{target} can't be stopped: vring {vring.index} did not finish its "
+                    f"requests in {DRAIN_SECONDS:g} s"
+                )
+            time.sleep(0.001)
