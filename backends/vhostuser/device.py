@@ -7,8 +7,6 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import MappingProxyType
 
-import trio
-
 from vhostbridge.backends.device import (
     Device,
     DeviceInfo,
@@ -19,19 +17,19 @@ from vhostbridge.backends.device import (
 )
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost, Unsupported
-from vhostbridge.backends.fds import OwnedFd, close_all, new_eventfd, signal_eventfds
+from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import Capabilities, State, Status, Verb, step
-from vhostbridge.backends.ring_memory import used_index
 from vhostbridge.backends.virtio import TransportFeature
 
 from .client import Client
+from .draining import drained
+from .inflight import BackendInflight
 from .memory import BackendMemory
 from .messages import (
     LOG_USED,
     U64,
     Config,
-    Inflight,
     Log,
     ProtocolFeature,
     Request,
@@ -46,11 +44,6 @@ _LOG_BIT = TransportFeature.LOG_ALL.mask
 
 #: Whose internal state it is where the kernel doesn't tell which program a back-end is.
 UNKNOWN_OWNER = "an unknown back-end"
-
-# How long requests may still take once their back-end was told to stop, in seconds.
-DRAIN_SECONDS = 5.0
-# They are asked this often whether they are still there meanwhile, in seconds.
-PROBE = 0.1
 
 
 class VhostUserDevice(Device):
@@ -80,9 +73,7 @@ class VhostUserDevice(Device):
         self._config_changed = False
         self._logging = False
         self._used_logs: dict[int, int] = {}
-        # Where the back-end notes what is in flight: the front-end's buffer, or one for us alone.
-        self._inflight: InflightBuffer | None = None
-        self._own_inflight: InflightBuffer | None = None
+        self._inflight = BackendInflight(client, info.target, info.queue_num)
         # The call eventfd of vrings that are stopping: nobody listens.
         self._deaf = new_eventfd()
         # How many bytes of configuration space are known to be there.
@@ -196,7 +187,7 @@ class VhostUserDevice(Device):
     async def _start(self, features: int, vrings: Sequence[VringSetup]) -> None:
         if not self._rings:
             await self._set_features(features)
-            await self._give_inflight(vrings)
+            await self._inflight.give(vrings)
             await self._add_status(Status.FEATURES_OK)
         for vring in vrings:
             await self._program(vring)
@@ -209,21 +200,6 @@ class VhostUserDevice(Device):
         word |= _LOG_BIT if self._logging else 0
         await self._client.request(Request.SET_FEATURES, U64(word))
         self.features = features
-
-    # libvhost-user starts no vring without a buffer where the feature was negotiated.
-    async def _give_inflight(self, vrings: Sequence[VringSetup]) -> None:
-        if not self._has(ProtocolFeature.INFLIGHT_SHMFD) or not vrings:
-            return
-        buffer = self._inflight
-        if buffer is None:
-            queues = max(self.info.queue_num, *(v.index + 1 for v in vrings))
-            packed = bool(self.features & TransportFeature.RING_PACKED.mask)
-            buffer = await self.make_inflight(queues, max(v.size for v in vrings), packed=packed)
-            if self._own_inflight is not None:
-                self._own_inflight.close()
-            self._own_inflight = buffer
-        place = Inflight(buffer.size, buffer.offset, buffer.queues, buffer.queue_size)
-        await self._client.request(Request.SET_INFLIGHT_FD, place, [buffer.fd])
 
     def _goes_on(self, vring: VringSetup) -> bool:
         running = self._rings.get(vring.index)
@@ -308,25 +284,7 @@ class VhostUserDevice(Device):
         del self._rings[index]
         self._stopped[index] = replace(vring, base=stopped.num)
         if not self.features & TransportFeature.RING_PACKED.mask:
-            await self._drain(vring, stopped.num)
-
-    # The back-end has to complete a ring's requests before it answers GET_VRING_BASE, but
-    # qemu-storage-daemon (10.0) answers first: it writes to guest memory for as long as they take.
-    async def _drain(self, vring: VringSetup, base: int) -> None:
-        deadline = trio.current_time() + DRAIN_SECONDS
-        used = used_index(self._memory.regions, vring)
-        while used != base:
-            if trio.current_time() > deadline:
-                raise Unsupported(
-                    f"{self.info.target} can't be stopped: vring {vring.index} has "
-                    f"{(base - used) & 0xFFFF} requests that did not finish in {DRAIN_SECONDS:g} s"
-                )
-            # A back-end that broke hangs up at the next message.
-            with trio.move_on_after(PROBE):
-                while (used := used_index(self._memory.regions, vring)) != base:  # noqa: ASYNC110
-                    await trio.sleep(0.0002)
-            if used != base:
-                await self._client.request(Request.GET_FEATURES)
+            await drained(self._client, self.info.target, self._memory.regions, vring, stopped.num)
 
     @whole
     async def suspend(self) -> None:
@@ -376,23 +334,14 @@ class VhostUserDevice(Device):
     # Requests in flight
 
     async def make_inflight(self, queues: int, queue_size: int, *, packed: bool) -> InflightBuffer:
-        if not self._has(ProtocolFeature.INFLIGHT_SHMFD):
+        if not self._inflight.offered:
             return await super().make_inflight(queues, queue_size, packed=packed)
-        wanted = Inflight(0, 0, queues, queue_size)
-        place, fds = await self._client.exchange(Request.GET_INFLIGHT_FD, wanted, [])
-        assert isinstance(place, Inflight)
-        try:
-            if not fds:
-                raise PeerError(f"back-end {self.info.target} gave no in-flight buffer")
-            return InflightBuffer(fds[0], place.mmap_offset, place.mmap_size, queues, queue_size)
-        except PeerError:
-            close_all(fds)
-            raise
+        return await self._inflight.make(queues, queue_size)
 
     def use_inflight(self, buffer: InflightBuffer | None, *, leave: bool = False) -> None:
-        if not self._has(ProtocolFeature.INFLIGHT_SHMFD):
+        if not self._inflight.offered:
             super().use_inflight(buffer)
-        self._inflight = buffer
+        self._inflight.given = buffer
 
     # State
 
@@ -464,5 +413,4 @@ class VhostUserDevice(Device):
         self.state = State.CLOSED
         self._client.close()
         self._deaf.close()
-        if self._own_inflight is not None:
-            self._own_inflight.close()
+        self._inflight.close()

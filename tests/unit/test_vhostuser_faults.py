@@ -238,7 +238,7 @@ async def test_requests_that_finish_late_are_waited_for(
 async def test_requests_that_never_finish_leave_the_device_running(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vhostbridge.backends.vhostuser.device.DRAIN_SECONDS", 0.2)
+    monkeypatch.setattr("vhostbridge.backends.vhostuser.draining.DRAIN_SECONDS", 0.2)
     async with bench(monkeypatch) as b:
         b.backend.bases[1] = USED[1] + 3
         with pytest.raises(Unsupported, match="vring 1 has 3 requests that did"):
