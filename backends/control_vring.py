@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from .device import MemoryRegion, VringSetup
+from .guest import MemoryRegion, VringSetup
 
 
 class ControlVring(ABC):

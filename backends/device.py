@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import trio
 
 from .errors import BridgeError, TransportLost, Unsupported
-from .fds import OwnedFd, signal_eventfds
+from .fds import OwnedFd
+from .guest import MemoryRegion, VringSetup
 from .lifecycle import Capabilities, State, Verb, step
 from .trace import OFF, Tracer
 
@@ -53,62 +54,6 @@ class DeviceInfo:
     takes_control: bool = False
     forwards_mtu: bool = False
     forwards_rarp: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryRegion:
-    """Guest memory: ``size`` bytes at ``guest_address``, in ``fd`` from ``offset`` on.
-
-    The one who made it owns ``fd`` and keeps it open until another ``set_memory`` has replaced
-    the region. ``identity`` (device, inode, offset) tells whether two regions are the same memory
-    although their descriptors differ.
-    """
-
-    guest_address: int
-    size: int
-    fd: OwnedFd
-    offset: int
-    identity: tuple[int, int, int]
-
-    @property
-    def key(self) -> tuple[int, int, int, int, int]:
-        return (self.guest_address, self.size, *self.identity)
-
-    @property
-    def end(self) -> int:
-        """First guest address behind the region."""
-        return self.guest_address + self.size
-
-
-@dataclass(frozen=True, slots=True)
-class VringSetup:
-    """One vring, ready to run. Area addresses are guest physical; descriptors are borrowed.
-
-    ``base`` is encoded as vhost has it: split rings the 16-bit available index, packed rings
-    available index and wrap counter below used index and wrap counter. ``None`` means where the
-    device left off when it was last suspended.
-    """
-
-    index: int
-    size: int
-    descriptor_area: int
-    driver_area: int
-    device_area: int
-    base: int | None
-    kick: OwnedFd | None
-    call: OwnedFd | None
-    err: OwnedFd | None
-    enabled: bool
-
-    @property
-    def layout(self) -> tuple[int, int, int, int]:
-        """What makes it the same ring, whatever its position and eventfds are."""
-        return (self.size, self.descriptor_area, self.driver_area, self.device_area)
-
-
-async def kick_and_call(vrings: Iterable[VringSetup]) -> None:
-    """Notify both sides of each vring once, for what they were not told while it stood still."""
-    await signal_eventfds(*(fd for vring in vrings for fd in (vring.kick, vring.call)))
 
 
 # How long one operation may take, in seconds. VDUSE gives its processes 30 for one request.

@@ -8,10 +8,10 @@ from types import TracebackType
 
 from vhostbridge.native import ffi, lib
 
-from .device import MemoryRegion
 from .errors import KernelRefused, PeerError
 from .fds import OwnedFd
 from .foreign_fds import Kind, kind_of
+from .guest import MemoryRegion
 
 #: Bytes of guest memory that one bit stands for.
 LOG_PAGE = 4096

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from vhostbridge.native import lib
 
-from .device import MemoryRegion
 from .errors import KernelRefused, PeerError
+from .guest import MemoryRegion
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from .device import MemoryRegion, VringSetup
 from .errors import PeerError
+from .guest import MemoryRegion, VringSetup
 
 
 def read_u16(regions: Iterable[MemoryRegion], guest_address: int) -> int:

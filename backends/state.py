@@ -26,7 +26,7 @@ from .state_items import MAX_CHUNK, NULL, Items, chunk_data, chunk_head, decode,
 from .virtio_features import TransportFeature
 
 if TYPE_CHECKING:
-    from .device import VringSetup
+    from .guest import VringSetup
 
 __all__ = [
     "FORMAT_VERSION",
@@ -69,7 +69,7 @@ class VringState:
 
     def setup(self) -> VringSetup:
         """The vring for a device, without eventfds: those are the front-end's."""
-        from .device import VringSetup
+        from .guest import VringSetup
 
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return VringSetup(**values, kick=None, call=None, err=None)

@@ -14,7 +14,8 @@ from .shadow import ShadowDevice
 from .shadow_rings import GuestMap, ShadowRings
 
 if TYPE_CHECKING:
-    from vhostbridge.backends.device import Device, MemoryRegion, VringSetup
+    from vhostbridge.backends.device import Device
+    from vhostbridge.backends.guest import MemoryRegion, VringSetup
     from vhostbridge.backends.inflight import InflightBuffer
     from vhostbridge.backends.state import DeviceState
 

@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import replace
 
 from vhostbridge.backends.control_vring import ControlVring
-from vhostbridge.backends.device import DeviceInfo, MemoryRegion, VringSetup
+from vhostbridge.backends.device import DeviceInfo
 from vhostbridge.backends.errors import KernelRefused, TransportLost
 from vhostbridge.backends.fds import OwnedFd, close_all, new_eventfd
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.virtio import TransportFeature, net_control_vring
 from vhostbridge.native import ffi, lib
 

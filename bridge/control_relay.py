@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import trio
 
-from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost, Unsupported
 from vhostbridge.backends.fds import OwnedFd, signal_eventfds
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 
 from .command_ring import CommandRing
 from .control_commands import ERR, OK, command_name

@@ -17,9 +17,10 @@ from typing import Any
 
 import trio
 
-from vhostbridge.backends.device import Device, MemoryRegion, VringSetup, whole
+from vhostbridge.backends.device import Device, whole
 from vhostbridge.backends.errors import BridgeError, TransportLost, Unsupported
 from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state import DeviceState
 from vhostbridge.backends.vdpa.device import VdpaDevice

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from vhostbridge.backends.device import Device, VringSetup
+from vhostbridge.backends.device import Device
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
+from vhostbridge.backends.guest import VringSetup
 from vhostbridge.backends.lifecycle import State, Status
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
 from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature

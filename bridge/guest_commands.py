@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vhostbridge.backends.device import VringSetup
 from vhostbridge.backends.errors import PeerError, Unsupported
+from vhostbridge.backends.guest import VringSetup
 from vhostbridge.native import ffi, lib
 
 from .command_ring import COMMAND_MAX, REPLY_MAX

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.errors import PeerError
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.ring_memory import used_index
 from vhostbridge.backends.virtio import TransportFeature, feature_names
 

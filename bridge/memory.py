@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vhostbridge.backends.device import MemoryRegion
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.fds import OwnedFd, close_all
 from vhostbridge.backends.foreign_fds import Kind, kind_of
+from vhostbridge.backends.guest import MemoryRegion
 from vhostbridge.backends.vhostuser.messages import Region
 
 _NOT_SHARED = "give the guest shared memory: memory-backend-memfd,share=on"

@@ -9,10 +9,11 @@ from contextlib import suppress
 
 import trio
 
-from vhostbridge.backends.device import Device, MemoryRegion, VringSetup
+from vhostbridge.backends.device import Device
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError
 from vhostbridge.backends.fds import new_eventfd, signal_eventfds
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.mapping import unmap

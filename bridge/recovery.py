@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from vhostbridge.backends.device import Device, MemoryRegion
+from vhostbridge.backends.device import Device
 from vhostbridge.backends.errors import PeerError
+from vhostbridge.backends.guest import MemoryRegion
 from vhostbridge.backends.ring_memory import available_index, read_u16, used_index
 from vhostbridge.backends.state import DeviceState
 from vhostbridge.backends.virtio import TransportFeature

@@ -11,10 +11,11 @@ from types import MappingProxyType
 
 import trio
 
-from vhostbridge.backends.device import Device, MemoryRegion, VringSetup, whole
+from vhostbridge.backends.device import Device, whole
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, signal_eventfds
+from vhostbridge.backends.guest import MemoryRegion, VringSetup, base_of
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import How, State
 from vhostbridge.backends.state import DeviceState
@@ -112,11 +113,10 @@ class ShadowDevice(WrappedDevice):
             await self._inner.run(features, vrings)
             self._running = running
             return
-        wanted = [self._with_base(vring) for vring in vrings]
         ran = self.state is State.RUNNING
         if ran:
             await self.suspend()
-            wanted = [self._with_base(vring) for vring in vrings]
+        wanted = [self._with_base(vring) for vring in vrings]
         before = (self.features, list(self.vrings.values()))
         try:
             await self._go(features, wanted)
@@ -190,10 +190,7 @@ class ShadowDevice(WrappedDevice):
             return base
         await self._suspend(leave=self._may_leave)
         self._running -= {index}
-        vring = self._guest.get(index)
-        if vring is None or vring.base is None:
-            raise BridgeError(f"vring {index} was never started")
-        return vring.base
+        return base_of(self._guest, index)
 
     @whole
     @journaled

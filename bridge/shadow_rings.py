@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, KernelRefused, PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, close_all, new_eventfd
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.mapping import Mapping as GuestMapping
 from vhostbridge.backends.mapping import map_region, unmap

@@ -12,8 +12,9 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from vhostbridge.backends.device import Device, MemoryRegion, VringSetup
+from vhostbridge.backends.device import Device
 from vhostbridge.backends.errors import BridgeError, Unsupported
+from vhostbridge.backends.guest import MemoryRegion, VringSetup, base_of, with_base
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import How, State, Verb, step
 from vhostbridge.backends.vhostuser.messages import Config, Request
@@ -116,30 +117,19 @@ class StandIn(Device):
         self._regions = regions
 
     async def run(self, features: int, vrings: Sequence[VringSetup]) -> None:
-        wanted = {vring.index: self._with_base(vring) for vring in vrings}
+        wanted = {vring.index: with_base(vring, self._vrings) for vring in vrings}
         self.features = features
         self._vrings.update(wanted)
         self._running = set(wanted)
         self._enter_running()
         self._note()
 
-    def _with_base(self, vring: VringSetup) -> VringSetup:
-        if vring.base is not None:
-            return vring
-        known = self._vrings.get(vring.index)
-        if known is None:
-            raise BridgeError(f"vring {vring.index} has no base to go on from")
-        return replace(vring, base=known.base)
-
     async def stop_vring(self, index: int) -> int:
         self._settle(leave=self._may_leave)
         self._running.discard(index)
         if not self._running and self.state is State.RUNNING:
             self._enter(Verb.SUSPEND)
-        vring = self._vrings.get(index)
-        if vring is None or vring.base is None:
-            raise BridgeError(f"vring {index} was never started")
-        return vring.base
+        return base_of(self._vrings, index)
 
     async def suspend(self) -> None:
         after = step(self.state, Verb.SUSPEND)

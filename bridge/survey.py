@@ -6,8 +6,9 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 
-from vhostbridge.backends.device import Device, VringSetup
+from vhostbridge.backends.device import Device
 from vhostbridge.backends.errors import PeerError
+from vhostbridge.backends.guest import VringSetup
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.ring_memory import available_index, used_index
 from vhostbridge.backends.virtio import TransportFeature, device_name

@@ -10,8 +10,9 @@ import time
 
 import trio
 
-from vhostbridge.backends.device import Device, MemoryRegion
+from vhostbridge.backends.device import Device
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
+from vhostbridge.backends.guest import MemoryRegion
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.ring_memory import used_index
 from vhostbridge.backends.state_stream import Sink, Source

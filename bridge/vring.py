@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vhostbridge.backends.device import DeviceInfo, VringSetup
+from vhostbridge.backends.device import DeviceInfo
 from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, close_all
+from vhostbridge.backends.guest import VringSetup
 from vhostbridge.backends.vhostuser.messages import VringAddr
 from vhostbridge.backends.virtio import ring_areas
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vhostbridge.backends.device import DeviceInfo, MemoryRegion
+from vhostbridge.backends.device import DeviceInfo
 from vhostbridge.backends.errors import Unsupported
+from vhostbridge.backends.guest import MemoryRegion
 
 #: Such memory lies as high as the device reaches, but below this: guests have no memory there, and
 #: front-ends whose guest addresses are their own user addresses have theirs above.

@@ -7,8 +7,9 @@ from contextlib import AbstractAsyncContextManager
 
 import trio
 
-from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup
+from vhostbridge.backends.device import Device, DeviceInfo
 from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import Capabilities, State
 from vhostbridge.backends.trace import Tracer

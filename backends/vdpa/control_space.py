@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from vhostbridge.backends.control_vring import ControlVring
-from vhostbridge.backends.device import VringSetup
 from vhostbridge.backends.errors import BridgeError, KernelRefused
+from vhostbridge.backends.guest import VringSetup
 
 from .chardev import BackendFeature, Chardev
 from .memory import GuestMemory

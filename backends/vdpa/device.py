@@ -12,16 +12,10 @@ from typing import TypeVar
 import trio
 
 from vhostbridge.backends.control_vring import ControlVring
-from vhostbridge.backends.device import (
-    Device,
-    DeviceInfo,
-    MemoryRegion,
-    VringSetup,
-    kick_and_call,
-    whole,
-)
+from vhostbridge.backends.device import Device, DeviceInfo, whole
 from vhostbridge.backends.errors import BridgeError, KernelRefused, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
+from vhostbridge.backends.guest import MemoryRegion, VringSetup, base_of, kick_and_call, with_base
 from vhostbridge.backends.lifecycle import Capabilities, How, State, Status, Verb, step
 from vhostbridge.backends.pace import Pace
 from vhostbridge.backends.ring_memory import used_index
@@ -148,7 +142,7 @@ class VdpaDevice(Device):
             await self.suspend()
         before = (self._controlled, self.features, dict(self._rings))
         try:
-            await self._go(features, [self._with_base(vring) for vring in vrings])
+            await self._go(features, [with_base(vring, self._rings) for vring in vrings])
         except BridgeError as error:
             await self._go_back(ran, *before, error)
             raise
@@ -187,14 +181,6 @@ class VdpaDevice(Device):
     # The same vrings with the same features, from where they are.
     async def _run_on(self) -> None:
         await self.run(self.features, [replace(v, base=None) for v in self._rings.values()])
-
-    def _with_base(self, vring: VringSetup) -> VringSetup:
-        if vring.base is not None:
-            return vring
-        known = self._rings.get(vring.index)
-        if known is None or known.base is None:
-            raise BridgeError(f"vring {vring.index} has no base to go on from")
-        return replace(vring, base=known.base)
 
     def _can_resume(self, features: int, vrings: Sequence[VringSetup]) -> bool:
         return (
@@ -238,10 +224,7 @@ class VdpaDevice(Device):
 
     async def stop_vring(self, index: int) -> int:
         await self.suspend()
-        ring = self._rings.get(index)
-        if ring is None or ring.base is None:
-            raise BridgeError(f"vring {index} was never started")
-        return ring.base
+        return base_of(self._rings, index)
 
     @whole
     async def suspend(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable
 
-from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.errors import Unsupported
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.ring_memory import available_index, used_index
 
 from .chardev import Chardev

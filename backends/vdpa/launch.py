@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vhostbridge.backends.control_vring import ControlVring
-from vhostbridge.backends.device import VringSetup
 from vhostbridge.backends.errors import Unsupported
 from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.guest import VringSetup
 from vhostbridge.backends.lifecycle import Status
 from vhostbridge.backends.virtio import TransportFeature
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from vhostbridge.backends.device import MemoryRegion
 from vhostbridge.backends.errors import BridgeError, KernelRefused, PeerError, Unsupported
+from vhostbridge.backends.guest import MemoryRegion
 from vhostbridge.backends.mapping import PAGE, Mapping, map_region, unmap
 
 from .chardev import Chardev

@@ -7,17 +7,11 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import MappingProxyType
 
-from vhostbridge.backends.device import (
-    Device,
-    DeviceInfo,
-    MemoryRegion,
-    VringSetup,
-    kick_and_call,
-    whole,
-)
+from vhostbridge.backends.device import Device, DeviceInfo, whole
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
+from vhostbridge.backends.guest import MemoryRegion, VringSetup, base_of, kick_and_call, with_base
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import Capabilities, State, Status, Verb, step
 from vhostbridge.backends.virtio import TransportFeature
@@ -149,7 +143,7 @@ class VhostUserDevice(Device):
 
     @whole
     async def run(self, features: int, vrings: Sequence[VringSetup]) -> None:
-        wanted = [self._with_base(v) for v in vrings]
+        wanted = [with_base(v, self.vrings) for v in vrings]
         new = [v for v in wanted if not self._goes_on(v)]
         keep = {v.index for v in wanted} - {v.index for v in new}
         before = dict(self._rings)
@@ -205,14 +199,6 @@ class VhostUserDevice(Device):
         running = self._rings.get(vring.index)
         return running is not None and running.layout == vring.layout and vring.base == running.base
 
-    def _with_base(self, vring: VringSetup) -> VringSetup:
-        if vring.base is not None:
-            return vring
-        known = self._rings.get(vring.index) or self._stopped.get(vring.index)
-        if known is None:
-            raise BridgeError(f"vring {vring.index} has no base to go on from")
-        return replace(vring, base=known.base)
-
     async def _add_status(self, bits: Status) -> None:
         if self._has(ProtocolFeature.STATUS):
             status = await self._client.request(Request.GET_STATUS)
@@ -263,10 +249,7 @@ class VhostUserDevice(Device):
             raise
         if not self._rings and self.state is State.RUNNING:
             self._enter(Verb.SUSPEND)
-        stopped = self._stopped.get(index)
-        if stopped is None or stopped.base is None:
-            raise BridgeError(f"vring {index} was never started")
-        return stopped.base
+        return base_of(self._stopped, index)
 
     async def _stop(self, index: int) -> None:
         vring = self._rings.get(index)

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 import trio
 
-from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.errors import Unsupported
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.ring_memory import used_index
 
 from .client import Client

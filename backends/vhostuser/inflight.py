@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vhostbridge.backends.device import VringSetup
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.fds import close_all
+from vhostbridge.backends.guest import VringSetup
 from vhostbridge.backends.inflight import InflightBuffer
 
 from .client import Client

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from vhostbridge.backends.device import MemoryRegion
 from vhostbridge.backends.errors import BridgeError, PeerError, Unsupported
+from vhostbridge.backends.guest import MemoryRegion
 
 from .client import Client
 from .messages import MemReg, MemTable, ProtocolFeature, Region, Request

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from vhostbridge.backends.device import DeviceInfo, MemoryRegion, VringSetup
+from vhostbridge.backends.device import DeviceInfo
 from vhostbridge.backends.errors import Unsupported
 from vhostbridge.backends.fds import OwnedFd, close_all, new_eventfd
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.virtio import ring_areas
 
 from .outcome import Breach

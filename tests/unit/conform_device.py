@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import trio
 
-from vhostbridge.backends.device import Device, MemoryRegion, VringSetup
+from vhostbridge.backends.device import Device
 from vhostbridge.backends.errors import PeerError, TransportLost
 from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.lifecycle import State, Verb, step
 from vhostbridge.backends.state import DeviceState
 

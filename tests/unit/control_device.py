@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Self
 
-from vhostbridge.backends.device import VringSetup
+from vhostbridge.backends.guest import VringSetup
 from vhostbridge.bridge.command_ring import SIZE, CommandRing
 
 NEXT, WRITE, AVAIL, USED = 1, 2, 1 << 7, 1 << 15

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from vhostbridge.backends.device import Device, DeviceInfo, MemoryRegion, VringSetup
+from vhostbridge.backends.device import Device, DeviceInfo
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.fds import OwnedFd, signal_eventfds
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.lifecycle import Ability, Capabilities, How, State, Verb, step
 
 RING_PACKED = 1 << 34

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from vhostbridge.backends.device import MemoryRegion
 from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd
+from vhostbridge.backends.guest import MemoryRegion
 from vhostbridge.backends.vhostuser.memory import BackendMemory
 from vhostbridge.backends.vhostuser.messages import (
     MemReg,

@@ -15,9 +15,9 @@ from tests.unit.fakes import eventfd, signals
 from tests.unit.test_controlled import CTRL_RX, CTRL_VQ, MAC_ADDR, MQ, VERSION_1, Bench, bench
 from tests.vm.guest.memory import Memory
 from tests.vm.guest.vring import NEXT, Buffer, SplitRing
-from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.errors import StateError, Unsupported
 from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state import compatibility
 from vhostbridge.bridge.recovery import last_state

@@ -13,9 +13,9 @@ import trio
 from tests.unit.control_device import ControlSide
 from tests.unit.fakes import device_info, eventfd, memfd
 from tests.unit.test_vdpa_faults import ALL, Kernel
-from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.errors import BridgeError, TransportLost, Unsupported
 from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vdpa.chardev import BackendFeature, Chardev
 from vhostbridge.backends.vdpa.device import VdpaDevice

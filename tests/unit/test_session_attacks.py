@@ -16,10 +16,10 @@ from trio.testing import MockClock
 
 from tests.unit.fakes import LOG_ALL, RING_PACKED, frame, memfd, region, state, u64
 from tests.unit.frontend import FEATURES, USER, connected
-from vhostbridge.backends.device import MemoryRegion
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.guest import MemoryRegion
 from vhostbridge.backends.vhostuser.messages import Request as R
 
 

@@ -14,9 +14,9 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.states import BLOCK, vring
-from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.state import DeviceState
 from vhostbridge.bridge.shadow_rings import GuestMap, ShadowRings

@@ -8,10 +8,10 @@ import select
 
 import pytest
 
-from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.virtio import TransportFeature
 from vhostbridge.bridge.shadow_rings import GuestMap, ShadowRings
 from vhostbridge.native import ffi, lib

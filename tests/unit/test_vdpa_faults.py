@@ -12,9 +12,9 @@ import pytest
 import trio
 
 from tests.unit.fakes import CAPABILITIES, device_info, eventfd, memfd, signals
-from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.errors import BridgeError, KernelRefused
 from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.lifecycle import State, Status
 from vhostbridge.backends.vdpa.chardev import BackendFeature, Chardev
 from vhostbridge.backends.vdpa.device import VdpaDevice

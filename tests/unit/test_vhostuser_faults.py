@@ -12,9 +12,9 @@ import trio
 
 from tests.unit.fakes import Frame, eventfd, frame, memfd, signals, u64
 from tests.unit.scripted import OFFER, Answer, Backend, connected
-from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.errors import BridgeError, Unsupported
 from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.device import VhostUserDevice
 from vhostbridge.backends.vhostuser.messages import Request

@@ -11,9 +11,9 @@ from unittest import mock
 
 import trio
 
-from vhostbridge.backends.device import MemoryRegion, VringSetup
 from vhostbridge.backends.errors import BridgeError, PeerError, TargetError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, close_all
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.lifecycle import How, State
 from vhostbridge.backends.trace import OFF, Tracer
 from vhostbridge.backends.vdpa.chardev import BackendFeature, Chardev
