@@ -23,10 +23,7 @@ from vhostbridge.backends.errors import (
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.lifecycle import State, Verb, step
 from vhostbridge.backends.state import DeviceState
-from vhostbridge.backends.state_stream import (
-    CheckedFd,
-    check_stream,
-)
+from vhostbridge.backends.state_stream import CheckedFd, check_stream
 from vhostbridge.backends.trace import OFF, Tracer
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
@@ -175,19 +172,28 @@ class Bridge:
             device = self._device()
             assert device is not None
             await self._load_waiting(device)
-        session = Session(
+        session = self._session_on(channel, device, self._incoming, self._config)
+        _log.info("%s: front-end connected (pid %d)", self.name, channel.peer_pid)
+        await self._serve(session, channel.peer_pid)
+
+    def _session_on(
+        self,
+        channel: Channel,
+        device: Device,
+        incoming: Incoming | None = None,
+        config: bytes = b"",
+    ) -> Session:
+        return Session(
             self.name,
             channel,
             device,
             HANDLERS,
             lock=self._lock,
-            incoming=self._incoming,
+            incoming=incoming,
             on_disconnect=self.config.on_disconnect,
-            config=self._config,
+            config=config,
             backend_timeout=self.config.backend_timeout,
         )
-        _log.info("%s: front-end connected (pid %d)", self.name, channel.peer_pid)
-        await self._serve(session, channel.peer_pid)
 
     async def _serve(
         self, session: Session, peer: int, begin: Callable[[], Awaitable[None]] | None = None
@@ -229,15 +235,7 @@ class Bridge:
         device = await self._back_end.available()
         self._arrival = None
         channel = arrival.channel(self.trace)
-        session = Session(
-            self.name,
-            channel,
-            device,
-            HANDLERS,
-            lock=self._lock,
-            on_disconnect=self.config.on_disconnect,
-            backend_timeout=self.config.backend_timeout,
-        )
+        session = self._session_on(channel, device)
         peer = channel.peer_pid
 
         async def begin() -> None:
@@ -371,14 +369,7 @@ class Bridge:
             BridgeError: the other one can't be opened, or failed on the way: the device goes on as
                 before, or is FAILED and says why.
         """
-        scheme, _ = check_backend(backend)
-        if scheme == "vhost-user-fd":
-            raise ConfigError("descriptors are inherited at the start only", "name a socket")
-        # It has to be the same kind of device, and a vhost-user back-end does not say.
-        device_id = None if scheme == "vdpa" else self._open_device().info.device_id
-        config = replace(
-            self.config, backend=backend, device_id=device_id, incoming=None, backend_command=()
-        )
+        config = self._config_with(backend)
         report = SwitchReport()
         began = trio.current_time()
         one = await self._back_end.open_another(config)
@@ -400,6 +391,16 @@ class Bridge:
             _log.info("%s: switched to %s, pause %s", self.name, backend, report.told)
             self.journal.tell(Kind.SWITCHED, f"to {backend}", backend=backend, pause=report.pause)
         return report
+
+    def _config_with(self, backend: str) -> BridgeConfig:
+        scheme, _ = check_backend(backend)
+        if scheme == "vhost-user-fd":
+            raise ConfigError("descriptors are inherited at the start only", "name a socket")
+        # It has to be the same kind of device, and a vhost-user back-end does not say.
+        device_id = None if scheme == "vdpa" else self._open_device().info.device_id
+        return replace(
+            self.config, backend=backend, device_id=device_id, incoming=None, backend_command=()
+        )
 
     async def _reasons(self, device: Device, state: DeviceState) -> list[str]:
         reasons = await misfits(device, state)
