@@ -84,6 +84,18 @@ def json_option(function: F) -> F:
     )(function)
 
 
+def type_option(use: str) -> Callable[[F], F]:
+    """``--type``, as ``device_type``; ``use`` is what it is good for."""
+    return click.option(
+        "--type",
+        "device_type",
+        metavar="TYPE",
+        shell_complete=complete_type,
+        help="The virtio type of a vhost-user device (net, block, fs, ...), which vhost-user "
+        f"itself doesn't tell: {use}.",
+    )
+
+
 def control_option(function: F) -> F:
     """``--control``, of the commands that ask a daemon."""
     return click.option(

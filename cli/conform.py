@@ -13,11 +13,11 @@ import click
 from .common import (
     REFUSED,
     complete_target,
-    complete_type,
     debug_option,
     json_option,
     print_json,
     print_lines,
+    type_option,
 )
 
 if TYPE_CHECKING:
@@ -35,14 +35,7 @@ def _complete_contract(
 
 @click.command()
 @click.argument("target", shell_complete=complete_target)
-@click.option(
-    "--type",
-    "device_type",
-    metavar="TYPE",
-    shell_complete=complete_type,
-    help="The virtio type of a vhost-user device (net, block, fs, ...), which vhost-user itself "
-    "doesn't tell: block and net devices are given requests.",
-)
+@type_option("block and net devices are given requests")
 @click.option(
     "--write",
     is_flag=True,

@@ -15,10 +15,54 @@ from vhostbridge.backends.errors import ConfigError
 from .common import Options, complete_backend, debug_option
 
 if TYPE_CHECKING:
-    from vhostbridge.bridge.config import DaemonConfig
+    from vhostbridge.bridge.config import BridgeConfig, DaemonConfig
+
+HELP = """\
+Serve devices to VMMs until SIGTERM or SIGINT.
+
+At SIGHUP a --config file is read again: bridges that changed there are started anew, those that
+did not are not touched. A file with a mistake changes nothing.
+
+Each bridge has one front-end socket (exactly one of --listen, --connect and --fd) and one
+device. It serves one VMM at a time; when a VMM leaves, the device is stopped and reset (or
+kept, see --on-disconnect), and the next one may come. A back-end that goes away is opened again
+when it is back.
+
+Root and the daemon's own user can suspend, resume, save and load the devices meanwhile, through
+the control socket.
+
+The VMM must share the guest's memory: QEMU with memory-backend-memfd,share=on and
+cloud-hypervisor with --memory shared=on.
+
+\b
+Examples:
+  vhost-bridge serve --name vm1 --listen /run/vm1.sock --backend vdpa:blk0
+  vhost-bridge serve --name vm2 --listen /run/vm2.sock --socket-mode 660 \\
+                     --backend vhost-user:/run/blk.sock
+  vhost-bridge serve --name vm1 --listen /run/vm1.sock --backend vdpa:blk1 \\
+                     --incoming vm1.state
+  vhost-bridge serve --name vm3 --listen /run/vm3.sock --backend vdpa:net0 \\
+                     --mac 52:54:00:12:34:56
+  vhost-bridge serve --name vm4 --listen /run/vm4.sock --backend vhost-user:/run/fs.sock \\
+                     --backend-command 'virtiofsd --socket-path /run/fs.sock --shared-dir /srv'
+  vhost-bridge serve --config /etc/vhost-bridge.toml --trace /var/tmp/vhost-bridge.trace
+
+\b
+The same in a file (before it control = "PATH" or false, metrics = "ADDRESS", trace = "PATH"):
+  [[bridge]]
+  name = "vm1"
+  listen = "/run/vm1.sock"
+  backend = "vdpa:blk0"
+\b
+  [[bridge]]
+  name = "vm2"
+  listen = "/run/vm2.sock"
+  socket-mode = "660"
+  backend = "vhost-user:/run/blk.sock"
+"""
 
 
-@click.command()
+@click.command(help=HELP)
 @click.option("--name", metavar="N", help="What the bridge is called in logs and lists.")
 @click.option(
     "--listen",
@@ -151,65 +195,16 @@ def serve(
     trace_size: int | None,
     **single: Any,
 ) -> None:
-    """Serve devices to VMMs until SIGTERM or SIGINT.
-
-    At SIGHUP a --config file is read again: bridges that changed there are started anew, those that
-    did not are not touched. A file with a mistake changes nothing.
-
-    Each bridge has one front-end socket (exactly one of --listen, --connect and --fd) and one
-    device. It serves one VMM at a time; when a VMM leaves, the device is stopped and reset (or
-    kept, see --on-disconnect), and the next one may come. A back-end that goes away is opened again
-    when it is back.
-
-    Root and the daemon's own user can suspend, resume, save and load the devices meanwhile, through
-    the control socket.
-
-    The VMM must share the guest's memory: QEMU with memory-backend-memfd,share=on and
-    cloud-hypervisor with --memory shared=on.
-
-    \b
-    Examples:
-      vhost-bridge serve --name vm1 --listen /run/vm1.sock --backend vdpa:blk0
-      vhost-bridge serve --name vm2 --listen /run/vm2.sock --socket-mode 660 \\
-                         --backend vhost-user:/run/blk.sock
-      vhost-bridge serve --name vm1 --listen /run/vm1.sock --backend vdpa:blk1 \\
-                         --incoming vm1.state
-      vhost-bridge serve --name vm3 --listen /run/vm3.sock --backend vdpa:net0 \\
-                         --mac 52:54:00:12:34:56
-      vhost-bridge serve --name vm4 --listen /run/vm4.sock --backend vhost-user:/run/fs.sock \\
-                         --backend-command 'virtiofsd --socket-path /run/fs.sock --shared-dir /srv'
-      vhost-bridge serve --config /etc/vhost-bridge.toml --trace /var/tmp/vhost-bridge.trace
-
-    \b
-    The same in a file (before it control = "PATH" or false, metrics = "ADDRESS", trace = "PATH"):
-      [[bridge]]
-      name = "vm1"
-      listen = "/run/vm1.sock"
-      backend = "vdpa:blk0"
-    \b
-      [[bridge]]
-      name = "vm2"
-      listen = "/run/vm2.sock"
-      socket-mode = "660"
-      backend = "vhost-user:/run/blk.sock"
-    """
     if control is not None and no_control:
         raise ConfigError(
             "--control and --no-control exclude each other", "without both the usual one is made"
         )
 
-    from vhostbridge.bridge.config import parse_address
-
     def configure() -> DaemonConfig:
-        found = _daemon_config(single, config_file)
+        config = _daemon_config(single, config_file)
         if control is not None or no_control:
-            found = replace(found, control=control)
-        if metrics is not None:
-            parse_address(metrics)
-            found = replace(found, metrics=metrics)
-        if trace is not None:
-            found = replace(found, trace=trace)
-        return found if trace_size is None else replace(found, trace_limit=trace_size << 20)
+            config = replace(config, control=control)
+        return _with_tracing(_with_metrics(config, metrics), trace, trace_size)
 
     config = configure()
     import logging
@@ -223,22 +218,24 @@ def serve(
     trio.run(serve_bridges, config, configure if config_file is not None else None)
 
 
+def _with_metrics(config: DaemonConfig, address: str | None) -> DaemonConfig:
+    if address is None:
+        return config
+    from vhostbridge.bridge.config import parse_address
+
+    parse_address(address)
+    return replace(config, metrics=address)
+
+
+def _with_tracing(config: DaemonConfig, trace: Path | None, size: int | None) -> DaemonConfig:
+    if trace is not None:
+        config = replace(config, trace=trace)
+    return config if size is None else replace(config, trace_limit=size << 20)
+
+
 # From the options of a single bridge, by their parameters' names.
 def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonConfig:
-    from vhostbridge.backends.virtio import device_id_of
-    from vhostbridge.bridge.config import (
-        BridgeConfig,
-        DaemonConfig,
-        load_config,
-        parse_command,
-        parse_feature_names,
-        parse_mac,
-        parse_mode,
-        parse_on_disconnect,
-        parse_timeout,
-        parse_tracking,
-        usual_control,
-    )
+    from vhostbridge.bridge.config import DaemonConfig, load_config, usual_control
 
     if config_file is not None:
         given = [name for name, value in single.items() if value is not None]
@@ -249,6 +246,23 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
                 "the file says everything of its bridges",
             )
         return load_config(config_file)
+    bridge = _bridge_config(single)
+    return DaemonConfig(bridges=[bridge], control=usual_control(bridge.name))
+
+
+def _bridge_config(single: dict[str, Any]) -> BridgeConfig:
+    from vhostbridge.backends.virtio import device_id_of
+    from vhostbridge.bridge.config import (
+        BridgeConfig,
+        parse_command,
+        parse_feature_names,
+        parse_mac,
+        parse_mode,
+        parse_on_disconnect,
+        parse_timeout,
+        parse_tracking,
+    )
+
     for name in ("name", "backend"):
         if single[name] is None:
             raise ConfigError(
@@ -258,7 +272,7 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
     if mode is not None and single["listen"] is None:
         raise ConfigError("--socket-mode is for a --listen socket")
     patience = single["backend_timeout"]
-    bridge = BridgeConfig(
+    return BridgeConfig(
         name=single["name"],
         backend=single["backend"],
         listen=single["listen"],
@@ -277,7 +291,6 @@ def _daemon_config(single: dict[str, Any], config_file: Path | None) -> DaemonCo
         if (names := single["without_features"])
         else (),
     )
-    return DaemonConfig(bridges=[bridge], control=usual_control(bridge.name))
 
 
 COMMANDS = (serve,)

@@ -7,11 +7,11 @@ import click
 from .common import (
     complain,
     complete_target,
-    complete_type,
     debug_option,
     json_option,
     print_json,
     print_lines,
+    type_option,
 )
 
 
@@ -44,14 +44,7 @@ def list_(as_json: bool) -> None:
 
 @click.command()
 @click.argument("target", shell_complete=complete_target)
-@click.option(
-    "--type",
-    "device_type",
-    metavar="TYPE",
-    shell_complete=complete_type,
-    help="The virtio type of a vhost-user device (net, block, fs, ...), which vhost-user itself "
-    "doesn't tell: with it features, vrings and configuration have names.",
-)
+@type_option("with it features, vrings and configuration have names")
 @json_option
 @debug_option
 def inspect(target: str, device_type: str | None, as_json: bool) -> None:
