@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from types import TracebackType
 
 from vhostbridge.native import ffi, lib
 
+from .closing import Closing
 from .errors import KernelRefused, PeerError
 from .fds import OwnedFd
 from .foreign_fds import Kind, kind_of
@@ -17,7 +17,7 @@ from .guest import MemoryRegion
 LOG_PAGE = 4096
 
 
-class DirtyLog:
+class DirtyLog(Closing):
     """One bit a page of 4 KiB from guest address 0 on, lowest bit of a byte first.
 
     The front-end takes bits out while they are set, so they are set atomically. It owns its
@@ -81,14 +81,3 @@ class DirtyLog:
         if not self.fd.closed:
             lib.vb_unmap(self._mapped, self.offset + self.size)
             self.fd.close()
-
-    def __enter__(self) -> DirtyLog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable
-from types import TracebackType
+
+from .closing import Closing
 
 
-class OwnedFd:
+class OwnedFd(Closing):
     """One open file descriptor that is closed exactly once.
 
     Whoever holds the object owns the descriptor. ``close`` is idempotent; ``detach`` gives the
@@ -43,17 +44,6 @@ class OwnedFd:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-
-    def __enter__(self) -> OwnedFd:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:

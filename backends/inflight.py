@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from vhostbridge.native import lib
 
+from .closing import Closing
 from .errors import KernelRefused, PeerError, Unsupported
 from .fds import OwnedFd
 from .foreign_fds import Kind, kind_of
@@ -27,7 +27,7 @@ _SPLIT, _PACKED = 16, 32
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class InflightBuffer:
+class InflightBuffer(Closing):
     """``size`` bytes at ``offset`` of ``fd``: a region for each of ``queues`` vrings.
 
     They are of one size, and meant for ``queue_size`` descriptors each. It owns its descriptor.
@@ -124,14 +124,3 @@ class InflightBuffer:
             lib.vb_unmap(self._mapped, self.size)
             self._mapped = 0
         self.fd.close()
-
-    def __enter__(self) -> InflightBuffer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -15,11 +15,11 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import trio
 
+from .closing import Closing
 from .errors import StateError
 from .fds import OwnedFd
 from .state import MAX_CHUNK, Chunk, Decoder, DeviceState, Encoder, End, Event, Head
@@ -47,7 +47,7 @@ async def _in_thread(work: Callable[[], T]) -> T:
     return await trio.to_thread.run_sync(work)
 
 
-class _Channel:
+class _Channel(Closing):
     """What ``Sink`` and ``Source`` share: a descriptor, and how one waits on it."""
 
     #: The access mode, and what the kernel refused, for messages.
@@ -88,17 +88,6 @@ class _Channel:
         if self._pipe is not None:
             self._pipe.close()
         self._given.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _refused(self, error: OSError) -> StateError:
         return StateError(f"cannot {self._verb} the device state: {error.strerror}")

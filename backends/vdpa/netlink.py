@@ -15,9 +15,9 @@ import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Self
+from types import MappingProxyType
 
+from vhostbridge.backends.closing import Closing
 from vhostbridge.backends.errors import ConfigError, KernelRefused, Unsupported
 
 from .netlink_messages import (
@@ -88,7 +88,7 @@ class NetlinkRefused(KernelRefused):
             self.args = (self.message,)
 
 
-class VdpaNetlink:
+class VdpaNetlink(Closing):
     """A connection to the kernel's vDPA management; a context manager, for one thread.
 
     Raises FamilyMissing when the kernel has no vDPA, KernelRefused when sockets of this kind are
@@ -106,17 +106,6 @@ class VdpaNetlink:
         except BaseException:
             self._socket.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the socket; again is harmless."""
