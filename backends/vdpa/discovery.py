@@ -14,21 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vhostbridge.backends.errors import TargetError
-from vhostbridge.backends.holders import Holder, holders, unix_listener
-
-__all__ = [
-    "BusDevice",
-    "Holder",
-    "NoSuchDevice",
-    "NodeMissing",
-    "NotBound",
-    "VdpaNode",
-    "bus_devices",
-    "holders",
-    "rebind_commands",
-    "resolve",
-    "unix_listener",
-]
 
 SYSFS_ROOT = Path("/sys")
 DEV_ROOT = Path("/dev")

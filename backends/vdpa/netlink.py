@@ -180,7 +180,7 @@ class VdpaNetlink(Closing):
         """Delete a device that was created through a management device; needs CAP_NET_ADMIN.
 
         Blocks, without a way to interrupt it, until nobody holds its /dev/vhost-vdpa-N open:
-        look at ``discovery.holders`` first.
+        look at ``holders`` first.
         """
         self._change(f"delete vDPA device {name}", Command.DEV_DEL, [("DEV_NAME", name)])
 
