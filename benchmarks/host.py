@@ -79,7 +79,7 @@ def client(binary: Path, socket: Path, mode: str, *options: str) -> dict[str, An
 
 def io(folder: Path) -> str:
     """IOPS and latency through the bridge over those without it, and the bridge's own cost."""
-    binary = build_peer("blkio_verify.c")
+    binary = build_peer("blkio_verify")
     image = folder / "image"
     with image.open("wb") as file:
         file.truncate(DISK)
@@ -121,7 +121,7 @@ def idle_while_busy(binary: Path, socket: Path, pid: int) -> float:
 
 def first_request(folder: Path) -> str:
     """From the client's start to its exit with one completed request, against no bridge."""
-    binary = build_peer("blkio_verify.c")
+    binary = build_peer("blkio_verify")
     direct, behind, bridged = folder / "direct1", folder / "behind1", folder / "bridged1"
     daemon = storage_daemon(folder, [direct, behind], None)
     bridge = [BRIDGE, "serve", "--name", "first", "--listen", str(bridged)]
@@ -154,7 +154,7 @@ def many_bridges(folder: Path) -> str:
             for n in range(MANY)
         )
     )
-    binary = build_peer("blkio_verify.c")
+    binary = build_peer("blkio_verify")
     with running(storage_daemon(folder, back, None), back[-1], folder / "many.log"):
         began = time.monotonic()
         argv = [BRIDGE, "serve", "--config", str(config)]

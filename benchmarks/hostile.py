@@ -144,7 +144,7 @@ def measure() -> Iterator[tuple[str, str]]:
 
 def _table(kinds: list[str]) -> str:
     with tempfile.TemporaryDirectory(prefix="vhost-bridge-bench-") as name:
-        folder, binary = Path(name), build_peer("blkio_verify.c")
+        folder, binary = Path(name), build_peer("blkio_verify")
         disks = [folder / f"{d}.{b}.disk" for d in ("one", "two") for b in ("good", "bad")]
         with (
             running(storage_daemon(folder, disks, None), disks[-1], folder / "disks.log"),

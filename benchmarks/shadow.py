@@ -35,7 +35,7 @@ def distribution(seconds: Sequence[float]) -> list[str]:
 
 def cost(folder: Path) -> str:
     """IOPS and latency through shadow vrings over those of the direct path, alternating."""
-    binary = build_peer("blkio_verify.c")
+    binary = build_peer("blkio_verify")
     behind = [folder / "behind0", folder / "behind1"]
     front = [folder / "direct", folder / "shadowed"]
     log = [folder / "direct.log", folder / "shadowed.log"]

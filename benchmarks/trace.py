@@ -80,7 +80,7 @@ def operations(bench: Bench) -> list[tuple[str, ...]]:
 
 
 def connecting(bench: Bench) -> tuple[str, ...]:
-    binary = build_peer("blkio_verify.c")
+    binary = build_peer("blkio_verify")
     found: dict[Bridge, list[float]] = {bridge: [] for bridge in bench.bridges}
     for number in range(ROUNDS):
         for bridge in bench.in_turn(number):
@@ -94,7 +94,7 @@ def connecting(bench: Bench) -> tuple[str, ...]:
 
 
 def requests(bench: Bench, depth: int) -> tuple[str, ...]:
-    binary = build_peer("blkio_verify.c")
+    binary = build_peer("blkio_verify")
     found: dict[Bridge, list[float]] = {bridge: [] for bridge in bench.bridges}
     for number in range(ROUNDS):
         for bridge in bench.in_turn(number):

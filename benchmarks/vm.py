@@ -52,7 +52,7 @@ def compare(vm: Vm, node: str) -> str:
 def measure() -> Iterator[tuple[str, str]]:
     """Titles and tables, as they come."""
     with Vm(wheel=build_wheel()) as vm:
-        shutil.copy2(build_peer("blkio_verify.c"), vm.share_host / "blkio_verify")
+        shutil.copy2(build_peer("blkio_verify"), vm.share_host / "blkio_verify")
         vm.run("vdpa dev add name direct mgmtdev vdpasim_blk")
         vm.run("vdpa dev add name bridged mgmtdev vdpasim_blk")
         node = vm.run("ls /sys/bus/vdpa/devices/direct | grep vhost-vdpa").stdout.strip()

@@ -123,7 +123,7 @@ def crossing(vm: Vm) -> None:
 
 
 def main() -> int:
-    binary = build_peer("blkio_verify.c")
+    binary = build_peer("blkio_verify")
     with Vm(wheel=build_wheel()) as vm:
         shutil.copy2(binary, vm.share_host / "blkio_verify")
         vm.run("vdpa dev add name demo0 mgmtdev vdpasim_blk")

@@ -19,7 +19,7 @@ def start(socket: Path, mode: str, **options: object) -> Process:
 
 def start_driver(driver: str, path: Path, mode: str, **options: object) -> Process:
     """Start it with any of its drivers."""
-    argv: list[str | Path] = [build_peer("blkio_verify.c"), driver, path, mode]
+    argv: list[str | Path] = [build_peer("blkio_verify"), driver, path, mode]
     for name, value in options.items():
         argv += [f"--{name.replace('_', '-')}", str(value)]
     return peer(argv)

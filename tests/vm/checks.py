@@ -51,7 +51,7 @@ class GuestChecks:
             ignore=shutil.ignore_patterns("__pycache__"),
         )
         self._copy_documents()
-        shutil.copy(build_peer("blkio_verify.c"), self.vm.share_host / "tests/blkio_verify")
+        shutil.copy(build_peer("blkio_verify"), self.vm.share_host / "tests/blkio_verify")
         if "checks_service" in self.wanted:
             self._give_packages(self.vm.share_host / "tests/packages")
         self.vm.run("mkdir -p /run/checks && cp -r /rig/tests /run/checks/")
