@@ -33,7 +33,7 @@ from vhostbridge.backends.vdpa.inventory import Inventory
 from vhostbridge.bridge import completion, inspect, listing
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("trio", "cffi", "_cffi_backend", "pyroute2", "vhostbridge.native")
+HEAVY = ("trio", "cffi", "_cffi_backend", "vhostbridge.native")
 
 
 class Ran(NamedTuple):
