@@ -60,16 +60,7 @@ struct vb_requests *vb_requests_new(const struct vb_shadow_setup *setup,
 
 	if (!requests)
 		return NULL;
-	requests->ring = (struct guest_ring){
-		.packed = setup->features & FEATURE_PACKED,
-		.event_idx = setup->features & FEATURE_EVENT_IDX,
-		.indirect = setup->features & FEATURE_INDIRECT,
-		.size = setup->size,
-		.descriptor_area = setup->descriptor_area,
-		.driver_area = setup->driver_area,
-		.device_area = setup->device_area,
-		.log.guest_address = UINT64_MAX,
-	};
+	guest_ring_init(&requests->ring, setup);
 	requests->request.room = setup->size > MIN_CHAIN ? setup->size : MIN_CHAIN;
 	requests->request.buffers = calloc(requests->request.room, sizeof(struct buffer));
 	requests->memory.regions = copy_regions(regions, count);

@@ -3,6 +3,20 @@
 
 #include <string.h>
 
+void guest_ring_init(struct guest_ring *ring, const struct vb_shadow_setup *setup)
+{
+	*ring = (struct guest_ring){
+		.packed = setup->features & FEATURE_PACKED,
+		.event_idx = setup->features & FEATURE_EVENT_IDX,
+		.indirect = setup->features & FEATURE_INDIRECT,
+		.size = setup->size,
+		.descriptor_area = setup->descriptor_area,
+		.driver_area = setup->driver_area,
+		.device_area = setup->device_area,
+		.log.guest_address = UINT64_MAX,
+	};
+}
+
 static uint64_t device_area_size(const struct guest_ring *ring)
 {
 	return ring->packed ? 4 : 6 + 8 * (uint64_t)ring->size;

@@ -63,6 +63,8 @@ static inline void guest_ring_advance(const struct guest_ring *ring, uint16_t *p
 	*place = (uint16_t)to;
 }
 
+/* As it is set up, not mapped yet. */
+void guest_ring_init(struct guest_ring *ring, const struct vb_shadow_setup *setup);
 bool guest_ring_map(struct guest_ring *ring, const struct guest_memory *memory);
 /* Whether the places that a base names are in the ring. */
 bool guest_ring_has(const struct guest_ring *ring, uint32_t base);

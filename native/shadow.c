@@ -189,16 +189,7 @@ static bool init(struct vb_shadow *shadow, const struct vb_region *regions, size
 	const struct vb_shadow_setup *setup = &shadow->setup;
 	uint32_t room = setup->size > MIN_CHAIN ? setup->size : MIN_CHAIN;
 
-	shadow->guest = (struct guest_ring){
-		.packed = setup->features & FEATURE_PACKED,
-		.event_idx = setup->features & FEATURE_EVENT_IDX,
-		.indirect = setup->features & FEATURE_INDIRECT,
-		.size = setup->size,
-		.descriptor_area = setup->descriptor_area,
-		.driver_area = setup->driver_area,
-		.device_area = setup->device_area,
-		.log.guest_address = UINT64_MAX,
-	};
+	guest_ring_init(&shadow->guest, setup);
 	shadow->in_order = setup->features & FEATURE_IN_ORDER;
 	shadow->request.room = room;
 	shadow->request.buffers = calloc(room, sizeof(struct buffer));
