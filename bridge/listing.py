@@ -17,8 +17,6 @@ from vhostbridge.backends.vdpa.inventory import (
     take_inventory,
 )
 
-from .config import load_config
-
 _OPTIONS = ("name", "backend", "listen", "connect", "fd", "config")
 
 
@@ -80,6 +78,9 @@ def bridges_of(pid: int, cmdline: Sequence[str], folder: Path) -> list[RunningBr
     # Not a terminal or pipe: reading it would take what is not ours, or wait for ever.
     if not path.is_file():
         return [RunningBridge(pid=pid, config=file)]
+    # Few hosts have one, and all would wait for what reads it.
+    from .config import load_config
+
     with suppress(ConfigError):
         return [
             RunningBridge(

@@ -153,8 +153,8 @@ def test_every_command_explains_itself_with_examples(
     assert f"\n    vhost-bridge {name}" in ran.out.partition("Examples:")[2]
 
 
-@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["serve", "--help"]])
-def test_help_and_version_load_nothing_heavy(argv: list[str]) -> None:
+# What the command writes to stderr, and then which heavy modules it has loaded.
+def loaded_by(argv: list[str]) -> str:
     program = (
         "import sys\n"
         "from vhostbridge.cli import main\n"
@@ -166,7 +166,16 @@ def test_help_and_version_load_nothing_heavy(argv: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=30
     )
-    assert done.stderr == "[]\n"
+    return done.stderr
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["serve", "--help"]])
+def test_help_and_version_load_nothing_heavy(argv: list[str]) -> None:
+    assert loaded_by(argv) == "[]\n"
+
+
+def test_list_loads_nothing_heavy() -> None:
+    assert loaded_by(["list"]).splitlines()[-1] == "[]"
 
 
 def test_error_in_the_journal_has_the_priority_of_one(tmp_path: Path) -> None:
