@@ -164,6 +164,11 @@ class Passage:
             self._journal.traffic.end(rings)
         return rings
 
+    @property
+    def inherits(self) -> bool:
+        """Whether vrings will begin with what is in flight in those of another device."""
+        return self._inherited is not None
+
     def take_over(self, rings: ShadowRings) -> None:
         """Begin next with what is in flight in these vrings."""
         self._inherited = rings

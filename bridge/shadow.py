@@ -109,7 +109,7 @@ class ShadowDevice(WrappedDevice):
     @journaled
     async def run(self, features: int, vrings: Sequence[VringSetup]) -> None:
         running = frozenset(vring.index for vring in vrings)
-        if not self._shadowed and self._guest is None:
+        if not self._goes_through and self._guest is None:
             await self._inner.run(features, vrings)
             self._running = running
             return
@@ -125,6 +125,12 @@ class ShadowDevice(WrappedDevice):
                 await self._go_back(*before, error)
             raise
         self._running = running
+        await self._set_shadowed(self._shadowed)
+
+    # What was in flight in a device before is known to its shadow vrings alone, and comes first.
+    @property
+    def _goes_through(self) -> bool:
+        return self._shadowed or self._passage.inherits
 
     def _with_base(self, vring: VringSetup) -> VringSetup:
         if vring.base is not None or vring.index not in self.vrings:
@@ -142,7 +148,7 @@ class ShadowDevice(WrappedDevice):
     # The device stands still.
     async def _go(self, features: int, vrings: Sequence[VringSetup]) -> None:
         await self._passage.end()
-        if self._shadowed:
+        if self._goes_through:
             self._guest = await self._passage.begin(features, vrings)
             self._features = features
             await signal_eventfds(*(vring.call for vring in vrings))
@@ -286,9 +292,17 @@ class ShadowDevice(WrappedDevice):
 
     async def _set_shadowed(self, shadowed: bool) -> None:
         before, self._shadowed = self._shadowed, shadowed
-        if before == shadowed or self.state is not State.RUNNING:
+        if self.shadowed == shadowed or self.state is not State.RUNNING:
             return
-        await self.suspend()
+        try:
+            await self.suspend()
+        except BridgeError as error:
+            if shadowed:
+                self._shadowed = before
+                raise
+            why = "requests pass through shadow vrings until the device stops"
+            _log.warning("%s: %s: %s", self.info.target, why, error)
+            return
         again = (self.features, [v for v in self.vrings.values() if v.index in self._running])
         try:
             await self._go(*again)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -76,6 +77,34 @@ def test_qemu_does_what_it_is_told_while_its_back_end_is_away(
     assert "cut off" not in bridge.output
     guest.qmp.execute("quit")
     assert guest.wait(SOON) == 0
+
+
+def test_migration_that_is_cancelled_while_the_back_end_is_away_loses_no_request(
+    disk: StorageDaemon, tmp_path: Path
+) -> None:
+    """Shadow vrings are not wanted any more, and know alone what is in flight."""
+    with (
+        Bridge(
+            f"vhost-user:{disk.socket}",
+            listen=tmp_path / "vm.sock",
+            arguments=["--dirty-log", "shadow"],
+        ) as bridge,
+        Guest(vhost_user_blk(bridge.listen, queues=2)) as guest,
+        socket.socket(socket.AF_UNIX) as destination,
+    ):
+        guest.qmp.timeout(SOON)
+        destination.bind(str(tmp_path / "migration"))
+        destination.listen()  # and reads nothing
+        guest.qmp.execute("migrate", uri=f"unix:{tmp_path / 'migration'}")
+        bridge.wait_for_output("requests pass through shadow vrings now")
+        guest.read_write(2, 0)
+        guest.begin("for i in 1 2 3 4; do rw /dev/vda 8 8 || exit; done")
+        time.sleep(0.3)
+        take_away(disk, bridge)
+        guest.qmp.execute("migrate_cancel")
+        with back(disk, bridge):
+            assert len(guest.end().splitlines()) == 4
+        assert "requests go straight to the device now" in bridge.output
 
 
 def test_qemu_comes_anew_while_the_back_end_is_away(
