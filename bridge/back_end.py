@@ -220,7 +220,7 @@ class BackEnd:
                 one = Opened(device, config)
                 task_status.started(one)
                 await either(device.failed, one.let_go)
-                if one is self._opened:
+                if device.failed.is_set():
                     await self._give_up(one)
         except (BridgeError, BaseExceptionGroup) as error:
             cause = find_bridge_error(error)
@@ -232,6 +232,17 @@ class BackEnd:
                 one.closed.set()
 
     async def _give_up(self, one: Opened) -> None:
+        # With the lock: nobody works on it any more when it is closed, and no switch is half way.
+        async with self._lock:
+            if one is not self._opened:
+                return
+            self._tell_failure(one)
+            self._on_loss()
+            self._opened = None
+            self._there = trio.Event()
+            self._journal.watch(None)
+
+    def _tell_failure(self, one: Opened) -> None:
         device = self.lost = one.device
         _log.error("%s: the back-end failed: %s", self._name, device.failure)
         self._journal.failed(one.config.backend, device.failure)
@@ -239,12 +250,6 @@ class BackEnd:
             self._hung = device.process
             if self._command is not None and one.config.backend_command:
                 self._command.kill()
-        # With the lock: nobody works on it any more when it is closed.
-        async with self._lock:
-            self._on_loss()
-            self._opened = None
-            self._there = trio.Event()
-            self._journal.watch(None)
 
     # Another one
 
