@@ -233,6 +233,8 @@ class Bridge:
 
     async def _go_on(self, arrival: Arrival) -> None:
         device = await self._back_end.available()
+        if self._parting:
+            return
         self._arrival = None
         channel = arrival.channel(self.trace)
         session = self._session_on(channel, device)
@@ -254,18 +256,31 @@ class Bridge:
         """
         self._parting = True
         self._accepting.cancel()
+        if self._arrival is not None:
+            self._hand_on(self._arrival)
         if self._session is not None:
             self._session.part(self._hand_over)
             await self._left.wait()
 
-    async def _hand_over(self, session: Session) -> bool:
+    # One that still waits for its back-end here.
+    def _hand_on(self, arrival: Arrival) -> None:
+        try:
+            self._keep_session(arrival.pack_again())
+        except BridgeError as error:
+            _log.error("%s: the front-end can't be handed over: %s", self.name, error)
+        else:
+            _log.info("%s: front-end handed over as it came", self.name)
+
+    def _keep_session(self, box: OwnedFd) -> None:
         assert self._keeper is not None
+        with box:
+            if not self._keeper.keep_session(self.name, box):
+                raise TargetError("the service manager does not keep it")
+
+    async def _hand_over(self, session: Session) -> bool:
         try:
             with self.journal.because(Reason.RESTART):
-                box = await pack(session, self.journal.pauses)
-            with box:
-                if not self._keeper.keep_session(self.name, box):
-                    raise TargetError("the service manager does not keep it")
+                self._keep_session(await pack(session, self.journal.pauses))
         except BridgeError as error:
             _log.error("%s: the front-end can't be handed over: %s", self.name, error)
             return False

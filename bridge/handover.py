@@ -195,8 +195,8 @@ class Arrival:
     def __init__(self, box: OwnedFd) -> None:
         self._fds: list[OwnedFd | None] = []
         try:
-            data = self._unpack(box)
-            self.facts = facts_of(data)
+            self._data = self._unpack(box)
+            self.facts = facts_of(self._data)
         except BaseException:
             self.close()
             raise
@@ -222,6 +222,14 @@ class Arrival:
                     return bytes(data)
                 data += piece
         raise unusable("it is too large")
+
+    def pack_again(self) -> OwnedFd:
+        """The same for yet another process, as long as nothing was taken.
+
+        Raises:
+            StateError: the kernel does not take so much.
+        """
+        return _box(self._data, [fd.fileno() for fd in self._fds if fd is not None])
 
     def take(self, index: int) -> OwnedFd:
         """One of the descriptors, which is the caller's from now on.
