@@ -429,6 +429,8 @@ class Bridge:
         await load_device(device, state, checked, progress)
         if self._session is None or not self._session.held:
             self._expect(Incoming(state))
+        else:
+            self._session.absence.state = state
 
     def _expect(self, incoming: Incoming | None) -> None:
         self._incoming = incoming

@@ -17,6 +17,7 @@ from tests.peers.bridge import Bridge
 from tests.peers.guest import Guest, vhost_user_blk
 from tests.peers.process import eventually
 from tests.peers.storage import StorageDaemon
+from vhostbridge.bridge.saved import read_saved
 
 # What a monitor command may take on a busy machine; a hang lasts until the back-end is back.
 SOON = 20.0
@@ -50,6 +51,12 @@ def back(disk: StorageDaemon, bridge: Bridge) -> StorageDaemon:
     again = StorageDaemon(disk.image, disk.socket, queues=4)
     bridge.wait_for_output("is ready", start=log)
     return again
+
+
+def base_in(state: Path) -> int:
+    with state.open("rb") as file:
+        (vring,) = read_saved(file, lambda count: None).state.vrings
+    return vring.base
 
 
 def test_qemu_does_what_it_is_told_while_its_back_end_is_away(
@@ -139,6 +146,27 @@ def test_back_end_that_is_away_too_long_costs_the_front_end_its_connection(
             bridge.wait_for_output("another one was not there within 1.5 s")
         with back(disk, bridge):
             assert blkio.run(bridge.listen, "fill", size=1 << 20, seed=6)
+
+
+def test_state_that_was_loaded_outlives_its_back_end(
+    disk: StorageDaemon, bridge: Bridge, tmp_path: Path
+) -> None:
+    """The next one goes on from there, not from where the operator had suspended the one before."""
+    with blkio.start(bridge.listen, "randread", seconds=60, depth=1) as client:
+        client.wait_for_output(blkio.RUNNING)
+        bridge.command("suspend")
+        bridge.command("save", tmp_path / "first")
+        bridge.command("resume")
+        time.sleep(0.2)
+        bridge.command("suspend")
+        bridge.command("save", tmp_path / "second")
+        bridge.command("load", tmp_path / "first")
+        take_away(disk, bridge)
+        with back(disk, bridge):
+            bridge.command("save", tmp_path / "third")
+    assert (
+        base_in(tmp_path / "third") == base_in(tmp_path / "first") != base_in(tmp_path / "second")
+    )
 
 
 def test_back_end_that_hangs_and_comes_to_life_again(
