@@ -157,8 +157,13 @@ async def set_log_base(session: Session, message: Message) -> Payload:
     assert isinstance(place, Log)
     if not message.fds:
         raise PeerError("SET_LOG_BASE came without a file descriptor")
-    log = DirtyLog(message.fds[0], place.offset, place.size)
-    message.fds.clear()
+    # A copy: the message is done again if the device goes away over it.
+    fd = message.fds[0].dup()
+    try:
+        log = DirtyLog(fd, place.offset, place.size)
+    except BaseException:
+        fd.close()
+        raise
     try:
         await session.update_log(log)
     except BaseException:

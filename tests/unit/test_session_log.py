@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 from trio.testing import MockClock
 
 from tests.unit.fakes import LOG_ALL, FakeDevice, address, memfd, u64
 from tests.unit.frontend import FEATURES, OFFER, PF, USER, FrontEnd, connected, ring
-from vhostbridge.backends.errors import Unsupported
+from vhostbridge.backends.dirty_log import DirtyLog
+from vhostbridge.backends.errors import TransportLost, Unsupported
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.messages import Request as R
 
@@ -58,6 +60,27 @@ async def test_log_that_is_sent_again_takes_the_place_of_the_first(
         with memfd(2 * SIZE) as fd:
             assert await vm.ask(R.SET_LOG_BASE, place(2 * SIZE), fd) == u64(0)
         assert vm.device.take_calls() == [("log_writes", 2 * SIZE, {0: USED_AT})]
+
+
+async def test_log_that_a_dying_device_does_not_take_is_for_the_next_one(
+    autojump_clock: MockClock,
+) -> None:
+    class Dying(FakeDevice):
+        async def log_writes(self, log: DirtyLog | None, used: Mapping[int, int]) -> None:
+            if log is not None and log.size > SIZE:
+                self.fail("its process died")
+                raise TransportLost("its process died")
+            await super().log_writes(log, used)
+
+    async with connected(Dying()) as vm:
+        await vm.start(0)
+        await begin(vm)
+        with memfd(2 * SIZE) as fd:
+            assert await vm.ask(R.SET_LOG_BASE, place(2 * SIZE), fd) == u64(0)
+        vm.device = FakeDevice()
+        await vm.session.attach(vm.device)
+        assert vm.device.logging == (2 * SIZE, {0: USED_AT})
+        assert vm.device.state is State.RUNNING
 
 
 async def test_front_end_that_leaves_ends_the_log(autojump_clock: MockClock) -> None:
