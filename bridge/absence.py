@@ -35,8 +35,9 @@ class Absence:
         self.config = config
         # Whose failure has been looked at.
         self._device: Device | None = None
-        # Shadow vrings of a device that is gone.
+        # Shadow vrings of a device that is gone, and whether the next one has got them.
         self._in_flight: ShadowRings | None = None
+        self._given = False
 
     def notice(
         self,
@@ -53,10 +54,15 @@ class Absence:
                 self.state = self._last_state(device, vrings, regions)
 
     def stays(self, device: Device) -> None:
-        """What is known holds for this device too: it failed, and did not get to run."""
+        """What is known holds for this device too: it failed, and did not get to run.
+
+        Unless requests in flight do not fit it, and are lost with it.
+        """
         self._device = device
         if isinstance(device, ShadowDevice):
             self._in_flight = device.give_back()
+        if self._given and self._in_flight is None:
+            self.state = None
 
     # A vring that was to start may have run already, from where the front-end said.
     def _last_state(
@@ -164,6 +170,7 @@ class Absence:
         if state is None or state.internal_owner is not None or not state.vrings:
             return
         device.load(state)
+        self._given = self._in_flight is not None and isinstance(device, ShadowDevice)
         if self._in_flight is not None and isinstance(device, ShadowDevice):
             device.take_over(self._in_flight)
             self._in_flight = None

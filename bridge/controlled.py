@@ -304,7 +304,7 @@ class ControlledDevice(WrappedDevice):
 
     # With another ring the device is restarted, which forgets.
     def new_driver(self) -> None:
-        if self._relay.known.to_mapping():
+        if self._relay.known.to_mapping() and True in self._rings:
             self._stale.append(self._rings.pop(True))
         self._relay.forget()
 

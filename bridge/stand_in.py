@@ -61,6 +61,8 @@ class StandIn(Device):
         self._may_leave = False
         # Whose internal state the vrings' positions need beside them.
         self._owner: str | None = None
+        # What the driver told the device through a control vring.
+        self._control: dict[str, object] | None = None
         if absence.state is not None and absence.state.vrings:
             self.load(absence.state)
             if running:
@@ -94,6 +96,12 @@ class StandIn(Device):
     @property
     def internal_owner(self) -> str | None:
         return self._owner
+
+    def control_state(self) -> dict[str, object] | None:
+        return self._control
+
+    def new_driver(self) -> None:
+        self._control = None
 
     async def read_config(self, offset: int, size: int) -> bytes:
         data = self.absence.config_at(offset, size)
@@ -160,13 +168,14 @@ class StandIn(Device):
         self._enter(Verb.RESET)
         self._vrings.clear()
         self._running.clear()
-        self.features, self._owner = 0, None
+        self.features, self._owner, self._control = 0, None, None
         self.absence.give_up_requests()
         self._note()
 
     def load(self, state: DeviceState) -> None:
         super().load(state)
         self._owner = state.internal_owner
+        self._control = None if state.control is None else dict(state.control)
         self.absence.state = state
 
     def _place(self, features: int, vrings: Sequence[VringSetup]) -> None:

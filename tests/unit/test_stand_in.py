@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Mapping
+from typing import cast
 
 import pytest
 import trio
@@ -13,7 +15,9 @@ from tests.unit.fakes import FakeDevice, region, u64
 from tests.unit.frontend import DEVICE_GETS, MEMORY, OFFER, PF, USER, FrontEnd, connected, names
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.lifecycle import State
+from vhostbridge.backends.state import DeviceState
 from vhostbridge.backends.vhostuser.messages import Request as R
+from vhostbridge.bridge.shadow import ShadowDevice
 
 DIED = "its process died"
 CONFIG = struct.pack("=III", 0, 60, 0) + bytes(60)
@@ -74,6 +78,62 @@ async def test_a_guest_that_was_stopped_meanwhile_stays_so(autojump_clock: MockC
         await vm.set_ring(0, 0)
         await vm.settle()
         assert device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 0))
+
+
+@pytest.mark.parametrize(("base", "told"), [(3, {"promisc": True}), (0, None)])
+async def test_what_was_told_through_a_control_vring_is_told_again(
+    autojump_clock: MockClock, base: int, told: dict[str, object] | None
+) -> None:
+    """But to another driver, whose vrings begin at 0, it is void."""
+
+    class Told(FakeDevice):
+        told: Mapping[str, object] | None = None
+
+        def control_state(self) -> dict[str, object] | None:
+            return {"promisc": True}
+
+        def load(self, state: DeviceState) -> None:
+            self.told = state.control
+            super().load(state)
+
+    async with connected(Told()) as vm:
+        await vm.start(0)
+        publish(vm.memory, 3, 3, [], [])
+        vm.device.fail(DIED)
+        assert await vm.base(0) == 3
+        publish(vm.memory, base, base, [], [])
+        await vm.set_ring(0, base)
+        await vm.settle()
+        vm.device = device = Told()
+        await vm.session.attach(device)
+        assert device.bases == {0: base}
+        assert device.told == told
+
+
+async def test_front_end_is_cut_off_when_what_is_in_flight_does_not_fit_any_more() -> None:
+    """Another vring came meanwhile: where the first one was is lost with what was in flight."""
+
+    class Shadowed(ShadowDevice):
+        def __init__(self) -> None:
+            self.fake = FakeDevice()
+            super().__init__(self.fake, always=True)
+
+        def take_calls(self) -> list[tuple[object, ...]]:
+            return self.fake.take_calls()
+
+    first, second = Shadowed(), Shadowed()
+    async with connected(cast(FakeDevice, first)) as vm:
+        await vm.start(0)
+        vm.device.fail(DIED)
+        await vm.set_call(1)
+        await vm.set_ring(1)
+        await vm.enable(1)
+        await vm.settle()
+        vm.device = cast(FakeDevice, second)
+        await vm.session.attach(second)
+        assert "vrings with requests in flight can't change" in str(await vm.lost())
+    await first.aclose()
+    await second.aclose()
 
 
 async def test_a_reset_meanwhile_begins_anew(autojump_clock: MockClock) -> None:
