@@ -172,15 +172,17 @@ class VdpaDevice(Device):
         self.state = State.SUSPENDED
         if not ran:
             return
+        going = [v for v in rings.values() if v.kick is not None]
         try:
-            await self._call(self._restart, control, features, list(rings.values()))
-            await kick_and_call(rings.values())
+            await self._call(self._restart, control, features, going)
+            await kick_and_call(going)
         except BridgeError as second:
             self.fail(f"{error}; going back failed too: {second}")
 
     # The same vrings with the same features, from where they are.
     async def _run_on(self) -> None:
-        await self.run(self.features, [replace(v, base=None) for v in self._rings.values()])
+        going = [v for v in self._rings.values() if v.kick is not None]
+        await self.run(self.features, [replace(v, base=None) for v in going])
 
     def _can_resume(self, features: int, vrings: Sequence[VringSetup]) -> bool:
         return (
@@ -205,7 +207,11 @@ class VdpaDevice(Device):
                 self._launcher.set_eventfds(vring)
             self._dev.set_vring_enable(index, vring is not None and vring.enabled)
         self._dev.resume()
-        self._rings.update(wanted)
+        # The others keep their places, but no eventfds: those are closed by now.
+        self._rings = {
+            index: wanted.get(index) or replace(vring, kick=None, call=None, err=None)
+            for index, vring in self._rings.items()
+        }
         self._enter_running()
 
     def _restart(

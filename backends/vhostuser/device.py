@@ -307,11 +307,16 @@ class VhostUserDevice(Device):
             await self._client.request(Request.SET_LOG_BASE, place, [log.fd])
         before, self._logging = self._logging, log is not None
         old, self._used_logs = self._used_logs, dict(used) if log is not None else {}
-        if self._rings and before != self._logging:
-            await self._set_features(self.features)
-        for vring in self._rings.values():
-            if old.get(vring.index) != self._used_logs.get(vring.index):
-                await self._client.request(Request.SET_VRING_ADDR, self._address(vring))
+        try:
+            if self._rings and before != self._logging:
+                await self._set_features(self.features)
+            for vring in self._rings.values():
+                if old.get(vring.index) != self._used_logs.get(vring.index):
+                    await self._client.request(Request.SET_VRING_ADDR, self._address(vring))
+        except BridgeError:
+            # What is asked for again is said again.
+            self._logging, self._used_logs = before, old
+            raise
         await self._memory.barrier()
 
     # Requests in flight

@@ -6,6 +6,7 @@ import os
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -44,6 +45,7 @@ class Kernel:
         self.suspended = False
         self.bases: dict[int, int] = {}
         self.kicks: dict[int, bool] = {}
+        self.enabled: dict[int, bool] = {}
         self.entries: dict[int, int] = {}
         self.left = -1
 
@@ -89,7 +91,11 @@ class Kernel:
 
     def set_vring_kick(self, index: int, fd: OwnedFd | None) -> None:
         self._step("SET_VRING_KICK")
-        self.kicks[index] = fd is not None
+        self.kicks[index] = fd is not None and fd.fileno() >= 0
+
+    def set_vring_enable(self, index: int, enabled: bool) -> None:
+        self._step("SET_VRING_ENABLE")
+        self.enabled[index] = enabled
 
     def suspend(self) -> None:
         self._step("SUSPEND")
@@ -253,4 +259,21 @@ async def test_a_cancelled_task_ends_what_it_began(kind: str, name: str) -> None
         if name == "add memory":
             b.regions = list(b.device._memory.regions)
         assert b.device.state is not State.FAILED
+        b.check()
+
+
+async def test_a_vring_that_was_stopped_stays_so_when_memory_goes() -> None:
+    """The device pauses for that, and the front-end has closed the stopped vring's eventfds."""
+    async with bench("all") as b:
+        await b.device.set_memory([*b.regions, b.region(SIZE)])
+        await b.device.stop_vring(1)
+        going, stopped = b.rings
+        for fd in (stopped.kick, stopped.call):
+            assert fd is not None
+            fd.close()
+        await b.device.run(FEATURES, [replace(going, base=None)])
+        await b.device.set_memory(b.regions)
+        assert b.kernel.enabled == {0: True, 1: False}
+        assert set(b.kernel.entries) == {0}
+        await b.device.suspend()
         b.check()

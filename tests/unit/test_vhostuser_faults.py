@@ -10,14 +10,15 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from tests.unit.fakes import Frame, eventfd, frame, memfd, signals, u64
+from tests.unit.fakes import LOG_ALL, Frame, eventfd, frame, memfd, signals, u64
 from tests.unit.scripted import OFFER, Answer, Backend, connected
+from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, Unsupported
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.device import VhostUserDevice
-from vhostbridge.backends.vhostuser.messages import Request
+from vhostbridge.backends.vhostuser.messages import ProtocolFeature, Request
 
 FEATURES = 1 << 32
 SIZE = 0x20_0000
@@ -99,9 +100,11 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+async def bench(
+    monkeypatch: pytest.MonkeyPatch, offer: ProtocolFeature = OFFER
+) -> AsyncIterator[Bench]:
     monkeypatch.setattr("tests.unit.scripted.Backend", Model)
-    async with connected(OFFER) as (device, backend):
+    async with connected(offer) as (device, backend):
         assert isinstance(backend, Model)
         backend.bases.update(USED)
         made = Bench(device, backend)
@@ -246,3 +249,23 @@ async def test_requests_that_never_finish_leave_the_device_running(
         assert b.device.state is State.RUNNING
         assert b.backend.running == {0: USED[0], 1: USED[1] + 3}
         assert signals(b.rings[1].kick) >= 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+async def test_a_log_that_was_refused_is_begun_when_it_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Else a migration that is tried again would miss what the back-end writes."""
+    async with bench(monkeypatch, OFFER | ProtocolFeature.LOG_SHMFD) as b:
+        with DirtyLog(memfd(4096), 0, 4096) as log:
+            b.backend.answers[Request.SET_LOG_BASE] = lambda got: frame(got.request, u64(0), 5)
+            b.backend.arm(step, refuse)
+            with pytest.raises(BridgeError):
+                await b.device.log_writes(log, {0: 0x5000})
+            assert b.backend.asked in (Request.SET_FEATURES, Request.SET_VRING_ADDR)
+            b.backend.take()
+            await b.device.log_writes(log, {0: 0x5000})
+            asked = {Request(got.request): got for got in b.backend.take()}
+            assert asked[Request.SET_FEATURES].u64 & LOG_ALL
+            assert struct.unpack_from("=II", asked[Request.SET_VRING_ADDR].payload) == (0, 1)
+            await b.device.log_writes(None, {})
