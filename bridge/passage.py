@@ -11,8 +11,8 @@ import trio
 
 from vhostbridge.backends.device import Device
 from vhostbridge.backends.dirty_log import DirtyLog
-from vhostbridge.backends.errors import BridgeError
-from vhostbridge.backends.fds import new_eventfd, signal_eventfds
+from vhostbridge.backends.errors import BridgeError, Unsupported
+from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
 from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import State
@@ -24,6 +24,19 @@ from .shadow_rings import GuestMap, ShadowRings, memory_size
 from .window import CEILING, free_window
 
 _log = logging.getLogger("vhostbridge.shadow")
+
+
+def check_kick(index: int, kick: OwnedFd | None) -> None:
+    """Refuse a vring whose requests nobody tells of.
+
+    Raises:
+        Unsupported: its front-end wants it to be polled.
+    """
+    if kick is None:
+        raise Unsupported(
+            f"vring {index} has no kick eventfd, and shadow vrings do not poll",
+            "use a front-end that kicks",
+        )
 
 
 class Passage:
@@ -79,6 +92,8 @@ class Passage:
         Raises:
             BridgeError: it does not run with them; memory is the guest's alone.
         """
+        for vring in vrings:
+            check_kick(vring.index, vring.kick)
         self._map.update(self.memory)
         size = memory_size(features, vrings)
         iova = free_window(self._device.info, self.memory, size, CEILING)

@@ -21,7 +21,7 @@ from vhostbridge.backends.lifecycle import How, State
 from vhostbridge.backends.state import DeviceState
 
 from .journal import Journal, journaled
-from .passage import Passage
+from .passage import Passage, check_kick
 from .shadow_rings import ShadowRings
 from .tracking import Tracking, able
 from .wrapped import WrappedDevice
@@ -240,6 +240,7 @@ class ShadowDevice(WrappedDevice):
 
     async def set_kick(self, index: int, fd: OwnedFd | None) -> None:
         if vring := self._shadow_vring(index):
+            check_kick(index, fd)
             await self._exchange(replace(vring, kick=fd))
             await signal_eventfds(fd)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,7 @@ from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import Unsupported
 from vhostbridge.backends.fds import OwnedFd
-from vhostbridge.backends.lifecycle import State
+from vhostbridge.backends.lifecycle import Ability, How, State
 from vhostbridge.bridge.shadow import ShadowDevice
 from vhostbridge.bridge.tracking import Tracking
 
@@ -47,8 +48,10 @@ class Guest:
 
 
 @asynccontextmanager
-async def running(guest: Guest, inner: FakeDevice) -> AsyncIterator[ShadowDevice]:
-    device = ShadowDevice(inner, Tracking.SHADOW)
+async def running(
+    guest: Guest, inner: FakeDevice, tracking: Tracking = Tracking.SHADOW
+) -> AsyncIterator[ShadowDevice]:
+    device = ShadowDevice(inner, tracking)
     await device.set_memory([guest.region])
     await device.run(0, [guest.vring(0)])
     yield device
@@ -105,3 +108,29 @@ async def test_requests_in_flight_elsewhere_come_first_although_nobody_logs(gues
             await after.run(0, [guest.vring(None)])
             through, _straight = [call for call in inner.take_calls() if call[0] == "run"]
             assert through[2] == (0, 0) and not after.shadowed
+
+
+async def test_vring_that_is_polled_does_not_pass_through_shadow_vrings(guest: Guest) -> None:
+    """They would never look at it."""
+    inner = FakeDevice()
+    async with running(guest, inner) as device:
+        await device.run(0, [replace(guest.vring(0), kick=None)])
+        with pytest.raises(Unsupported, match="shadow vrings do not poll"):
+            await device.log_writes(guest.log, {})
+        assert device.state is State.RUNNING and inner.regions == [guest.region]
+        await device.run(0, [guest.vring(0)])
+        await device.log_writes(guest.log, {})
+        with pytest.raises(Unsupported, match="shadow vrings do not poll"):
+            await device.set_kick(0, None)
+        assert device.shadowed
+
+
+async def test_all_memory_is_logged_where_a_vring_is_polled(guest: Guest) -> None:
+    inner = FakeDevice()
+    inner.capabilities = replace(inner.capabilities, dirty_log=Ability(How.NO, "a fake"))
+    async with running(guest, inner, Tracking.AUTO) as device:
+        await device.run(0, [replace(guest.vring(0), kick=None)])
+        await device.log_writes(guest.log, {})
+        assert device.logged_by == "all guest memory"
+        await device.suspend()
+    assert os.pread(guest.log.fd.fileno(), 3, 0) == b"\xff\xff\0"
