@@ -5,13 +5,20 @@ What a command needs is imported in it: ``--help``, ``--version`` and completion
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
 import click
 
 from vhostbridge import __version__
-from vhostbridge.backends.errors import BridgeError, ConfigError, TransportLost, find_bridge_error
+from vhostbridge.backends.errors import (
+    BridgeError,
+    ConfigError,
+    TargetError,
+    TransportLost,
+    find_bridge_error,
+)
 
 from . import conform, control, monitor, serve, show, state, trace
 from .common import (
@@ -102,6 +109,15 @@ def _usage_hint(error: click.ClickException) -> str:
     return f"{context.command_path} --help" if context is not None else ""
 
 
+# Where files of ours may lie it is caught: only our output is left.
+def _full(error: Exception) -> BridgeError | None:
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    # Nothing is left to be flushed at the end.
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return TargetError(f"cannot write standard output: {error.strerror}")
+
+
 def main() -> None:
     """Entry point: runs the command line, prints errors on one line, exits."""
     options = Options()
@@ -119,7 +135,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
     except Exception as error:
-        known = find_bridge_error(error)
+        known = find_bridge_error(error) or _full(error)
         if known is None or options.debug:
             raise
         complain(known.message, known.hint)

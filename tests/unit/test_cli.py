@@ -178,6 +178,24 @@ def test_list_loads_nothing_heavy() -> None:
     assert loaded_by(["list"]).splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("argv", [["--help"], ["list", "--json"], ["completion", "bash"]])
+def test_full_disk_is_one_line(argv: list[str]) -> None:
+    """Whatever the command is: its output goes to a file."""
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "vhostbridge", *argv],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1] == (
+        "vhost-bridge: cannot write standard output: No space left on device"
+    )
+    assert "Traceback" not in ran.stderr
+
+
 def test_error_in_the_journal_has_the_priority_of_one(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "vhostbridge", "serve", "--name", "b"]
     with (tmp_path / "journal").open("w") as stream:
