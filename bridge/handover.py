@@ -368,6 +368,7 @@ async def unpack(arrival: Arrival, session: Session, pauses: Pauses) -> float:
             if reasons:
                 raise unusable(f"{device.info.target} does not fit: {'; '.join(reasons)}")
             await load_device(device, state, stream, lambda count: None)
+        session.absence.remember(0, state.config)
         origin = Origin.__members__.get(arrival.facts.waits or "")
         session.incoming = None if origin is None else Incoming(state, origin)
     await session.go_on()

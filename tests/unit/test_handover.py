@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import trio
 
 from tests.unit.fakes import FakeDevice, device_info, memfd, signals
-from tests.unit.frontend import FrontEnd, connected, ring, shared_files
+from tests.unit.frontend import OFFER, PF, FrontEnd, connected, ring, shared_files
 from vhostbridge.backends.errors import BridgeError, StateError
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.lifecycle import State
@@ -77,6 +78,26 @@ async def test_everything_that_the_session_knew_goes_along() -> None:
         arrival.close()
         await empty(vm.device)
     assert shared_files() == before
+
+
+async def test_configuration_is_answered_still_when_the_next_device_goes_away() -> None:
+    """QEMU would stand still until another one is there."""
+    wanted = struct.pack("=III", 0, 60, 0) + bytes(60)
+    async with connected(OnVdpa()) as vm:
+        await vm.start(0, protocol=OFFER & ~PF.STATUS)
+        before = await vm.ask(Request.GET_CONFIG, wanted)
+        arrival = Arrival(await leave(vm))
+        other = OnVdpa()
+        session = Session("vm", arrival.channel(), other, HANDLERS)
+        await unpack(arrival, session, Pauses())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.run)
+            other.fail("its process died")
+            with trio.fail_after(2):
+                assert await vm.ask(Request.GET_CONFIG, wanted) == before
+            nursery.cancel_scope.cancel()
+        arrival.close()
+        await empty(vm.device)
 
 
 async def test_positions_are_those_of_the_suspended_device() -> None:
