@@ -55,7 +55,7 @@ class Passage:
         #: What vrings begin with: where requests in flight are noted, and what is written.
         self.inflight: InflightBuffer | None = None
         self.log: DirtyLog | None = None
-        self._used_logs: Mapping[int, int] = {}
+        self.used_logs: Mapping[int, int] = {}
         # Readable when a vring broke.
         self._broken = new_eventfd()
 
@@ -82,7 +82,7 @@ class Passage:
 
     async def set_log(self, log: DirtyLog | None, used: Mapping[int, int]) -> None:
         """Mark what is written in ``log``, now and whenever vrings begin."""
-        self.log, self._used_logs = log, used
+        self.log, self.used_logs = log, used
         if self.rings is not None:
             await trio.to_thread.run_sync(self.rings.set_log, log, used)
 
@@ -100,7 +100,7 @@ class Passage:
         inherited = self._inherited
         rings = await self._make_rings(features, vrings, iova)
         try:
-            rings.set_log(self.log, self._used_logs)
+            rings.set_log(self.log, self.used_logs)
             await self._device.set_memory([*self.memory, rings.region])
             await self._device.run(rings.features, rings.setups)
             rings.start()

@@ -268,12 +268,28 @@ class ShadowDevice(WrappedDevice):
                 "dirty logging is refused by the configuration", "see --dirty-log of serve"
             )
         if self.capabilities.dirty_log.how is How.NATIVE:
-            await self._inner.log_writes(log, used)
+            await self._log_in_both(log, used)
             self._logs_itself = log is not None
         elif self._tracking is Tracking.ALL:
-            self._passage.log, self._mark_all = log, log is not None
+            self._mark_all = log is not None
+            await self._passage.set_log(log, dict(used))
         else:
             await self._log_in_shadow(log, used)
+
+    # The used rings that the device writes may be ours, and then the guest's are written here.
+    async def _log_in_both(self, log: DirtyLog | None, used: Mapping[int, int]) -> None:
+        if not self._always:
+            await self._inner.log_writes(log, used)
+            return
+        before = (self._passage.log, self._passage.used_logs)
+        await self._passage.set_log(log, dict(used))
+        try:
+            await self._inner.log_writes(log, {})
+        except BridgeError:
+            # Its owner keeps a log before it, but not one that was refused.
+            if log is not None:
+                await self._passage.set_log(*before)
+            raise
 
     async def _log_in_shadow(self, log: DirtyLog | None, used: Mapping[int, int]) -> None:
         await self._passage.set_log(log, dict(used))

@@ -70,10 +70,10 @@ def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Host
     """Two sides on one image, whose device logs by itself, or shadow vrings do, or nobody.
 
     Or shadow vrings are always there, and QEMU keeps what is in flight; a newer QEMU takes it along
-    (GET_VRING_BASE_INFLIGHT).
+    (GET_VRING_BASE_INFLIGHT), and the device logs too.
     """
     always = ["--shadow", "--dirty-log", "shadow"]
-    options = {"auto": [], "always": always, "taken along": always}.get(
+    options = {"auto": [], "always": always, "taken along": ["--shadow"]}.get(
         request.param, ["--dirty-log", request.param]
     )
     image = make_image(tmp_path / "image")

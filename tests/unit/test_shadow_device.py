@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import AsyncIterator, Iterator
+import struct
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
+import trio
 
 from tests.unit.fakes import FakeDevice, eventfd, memfd
-from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import Unsupported
-from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.fds import OwnedFd, signal_eventfds
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.lifecycle import Ability, How, State
 from vhostbridge.bridge.shadow import ShadowDevice
 from vhostbridge.bridge.tracking import Tracking
@@ -134,3 +137,81 @@ async def test_all_memory_is_logged_where_a_vring_is_polled(guest: Guest) -> Non
         assert device.logged_by == "all guest memory"
         await device.suspend()
     assert os.pread(guest.log.fd.fileno(), 3, 0) == b"\xff\xff\0"
+
+
+# Where a request writes to, and what a log has then: that page, and the used ring's.
+DATA, PAGES = 0x5000, (1 << 5 | 1 << 2).to_bytes(2, "little")
+
+
+async def until(done: Callable[[], bool]) -> None:
+    with trio.fail_after(5):
+        while not done():  # noqa: ASYNC110
+            await trio.sleep(0.001)
+
+
+async def complete(guest: Guest, inner: FakeDevice) -> None:
+    """A request that writes, from the guest's vring to the device's and back."""
+    guest.write(0, struct.pack("<QIHH", DATA, 512, 2, 0))
+    guest.write(0x1000, struct.pack("<HHH", 0, 1, 0))
+    setup, region = inner.rings[0], inner.regions[-1]
+    with mmap.mmap(region.fd.fileno(), region.size) as memory:
+        driver, device = (
+            at - region.guest_address for at in (setup.driver_area, setup.device_area)
+        )
+        await signal_eventfds(guest.kick)
+        await until(lambda: memory[driver + 2 : driver + 4] == b"\1\0")
+        memory[device + 2 : device + 12] = struct.pack("<HII", 1, 0, 512)
+        await signal_eventfds(setup.call)
+    await until(lambda: os.pread(guest.fd.fileno(), 2, 0x2002) == b"\1\0")
+
+
+@asynccontextmanager
+async def shadowed(guest: Guest, inner: FakeDevice, how: Tracking) -> AsyncIterator[ShadowDevice]:
+    device = ShadowDevice(inner, how, always=True)
+    try:
+        await device.set_memory([guest.region])
+        yield device
+    finally:
+        await device.aclose()
+
+
+async def test_what_shadow_vrings_write_is_logged_though_the_device_logs(guest: Guest) -> None:
+    """It can't know where in the guest's used ring that is."""
+    inner = FakeDevice()
+    async with shadowed(guest, inner, Tracking.AUTO) as device:
+        await device.run(0, [guest.vring(0)])
+        await device.log_writes(guest.log, {0: 0x2000})
+        assert inner.logging[0] == 4096
+        await complete(guest, inner)
+        assert os.pread(guest.log.fd.fileno(), 2, 0) == PAGES
+
+
+@pytest.mark.parametrize("how", [Tracking.AUTO, Tracking.SHADOW, Tracking.ALL])
+async def test_shadow_vrings_let_go_of_a_log(guest: Guest, how: Tracking) -> None:
+    """It is unmapped then: also one that they have had since they were made."""
+    inner = FakeDevice()
+    async with shadowed(guest, inner, how) as device:
+        await device.log_writes(guest.log, {0: 0x2000})
+        await device.run(0, [guest.vring(0)])
+        await device.log_writes(None, {})
+        os.pwrite(guest.log.fd.fileno(), bytes(2), 0)
+        await complete(guest, inner)
+        assert os.pread(guest.log.fd.fileno(), 2, 0) == bytes(2)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+async def test_shadow_vrings_let_go_of_a_log_that_the_device_has_trouble_with(
+    guest: Guest, wanted: bool
+) -> None:
+    """It can't begin, or the device is gone when it ends: it is unmapped in any case."""
+    inner = FakeDevice()
+    async with shadowed(guest, inner, Tracking.AUTO) as device:
+        await device.run(0, [guest.vring(0)])
+        if not wanted:
+            await device.log_writes(guest.log, {0: 0x2000})
+        inner.refuse["log_writes"] = BUSY
+        with pytest.raises(Unsupported):
+            await device.log_writes(guest.log if wanted else None, {0: 0x2000} if wanted else {})
+        os.pwrite(guest.log.fd.fileno(), bytes(2), 0)
+        await complete(guest, inner)
+        assert os.pread(guest.log.fd.fileno(), 2, 0) == bytes(2)
