@@ -155,6 +155,30 @@ class Spool:
                 write_all(self.fd.fileno(), data)
 
 
+class Copy:
+    """Bytes on their way to somebody else, kept as well if there is room."""
+
+    def __init__(self) -> None:
+        self._spool: Spool | None = Spool()
+
+    def add(self, data: bytes) -> None:
+        """Add ``data``. Waits for the disk."""
+        if self._spool is not None:
+            try:
+                self._spool.write(data)
+            except StateError:
+                self.close()
+
+    def take(self) -> OwnedFd | None:
+        """All of it, which is the caller's now; ``None`` if there was no room."""
+        spool, self._spool = self._spool, None
+        return None if spool is None else spool.fd
+
+    def close(self) -> None:
+        if (fd := self.take()) is not None:
+            fd.close()
+
+
 def write_all(number: int, data: bytes) -> int:
     """Write all of ``data`` to a descriptor that may wait; return how much that was."""
     rest = memoryview(data)

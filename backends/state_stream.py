@@ -23,10 +23,11 @@ from .closing import Closing
 from .errors import StateError
 from .fds import OwnedFd
 from .state import MAX_CHUNK, Chunk, Decoder, DeviceState, Encoder, End, Event, Head
-from .state_file import Spool, atomic_file, sync, write_all
+from .state_file import Copy, Spool, atomic_file, sync, write_all
 
 __all__ = [
     "CheckedFd",
+    "Copy",
     "Sink",
     "Source",
     "atomic_file",
@@ -94,10 +95,17 @@ class _Channel(Closing):
 
 
 class Sink(_Channel):
-    """Where bytes go. Owns ``fd``: its end is its reader's end of file once this is closed."""
+    """Where bytes go. Owns ``fd``: its end is its reader's end of file once this is closed.
+
+    They go into ``copy`` too.
+    """
 
     _mode = os.O_WRONLY
     _verb = "write"
+
+    def __init__(self, fd: OwnedFd, copy: Copy | None = None) -> None:
+        super().__init__(fd)
+        self._copy = copy
 
     async def write(self, data: bytes) -> None:
         """Write all of ``data``. If it raises or is cancelled, some of it may be written.
@@ -109,10 +117,17 @@ class Sink(_Channel):
 
     async def write_made(self, make: Callable[[], bytes]) -> int:
         """Write what ``make`` returns, which is called in a thread; return how much it was."""
+
+        def made() -> bytes:
+            data = make()
+            if self._copy is not None:
+                self._copy.add(data)
+            return data
+
         try:
             if not self.pollable:
-                return await _in_thread(lambda: write_all(self.fileno(), make()))
-            data = await _in_thread(make)
+                return await _in_thread(lambda: write_all(self.fileno(), made()))
+            data = await _in_thread(made)
             await self._send(memoryview(data))
             return len(data)
         except OSError as error:

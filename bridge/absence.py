@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vhostbridge.backends.errors import StateError
+from vhostbridge.backends.errors import BridgeError, StateError
 from vhostbridge.backends.fds import new_eventfd
 
 from .recovery import last_state, moved_on
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vhostbridge.backends.inflight import InflightBuffer
     from vhostbridge.backends.state import DeviceState
 
+    from .given_state import GivenState
     from .vring import FrontendVring
 
 
@@ -38,6 +39,8 @@ class Absence:
         # Shadow vrings of a device that is gone, and whether the next one has got them.
         self._in_flight: ShadowRings | None = None
         self._given = False
+        #: What the front-end was given of a device that has not run since.
+        self.copy: GivenState | None = None
 
     def notice(
         self,
@@ -50,7 +53,9 @@ class Absence:
         """Find out, once, where a device was that failed; of one that is ``held`` it is known."""
         if self._device is not device:
             self._device = device
-            if not held:
+            if self.copy is not None:
+                self.state = self.copy.state
+            elif not held:
                 self.state = self._last_state(device, vrings, regions)
 
     def stays(self, device: Device) -> None:
@@ -93,6 +98,29 @@ class Absence:
                 "the front-end is cut off and may connect anew",
             )
         return self.state
+
+    # Its state, which the front-end was given
+
+    def keep_copy(self, given: GivenState | None) -> None:
+        """It has that now, or the device goes on and what it had is worth nothing any more."""
+        if self.copy is not None:
+            self.copy.close()
+        self.copy = given
+
+    async def load_copy(self, device: Device) -> None:
+        """Load it into ``device``, if that is another one than it was of.
+
+        Raises:
+            BridgeError: it does not fit, or was refused; it is given up.
+        """
+        if self.copy is None or self.copy.device is device:
+            return
+        try:
+            await self.copy.load(device)
+        except BridgeError:
+            self.keep_copy(None)
+            raise
+        self.copy.device = device
 
     # Its configuration
 
@@ -177,3 +205,4 @@ class Absence:
 
     def close(self) -> None:
         self.give_up_requests()
+        self.keep_copy(None)

@@ -14,12 +14,13 @@ from vhostbridge.backends.errors import BridgeError, StateError
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.foreign_fds import Kind, kind_of
 from vhostbridge.backends.lifecycle import State
-from vhostbridge.backends.state_stream import CheckedFd, check_stream
+from vhostbridge.backends.state_stream import CheckedFd, Copy, check_stream
 from vhostbridge.backends.vhostuser.messages import U64, Payload, StateTransfer
 from vhostbridge.backends.vhostuser.transfer import LOAD, SAVE
 
+from .given_state import GivenState
 from .incoming import Incoming, Origin
-from .state_transfer import load_device, misfits, save_device
+from .state_transfer import Progress, load_device, misfits, save_device
 
 if TYPE_CHECKING:
     from vhostbridge.backends.state import DeviceState
@@ -68,7 +69,7 @@ class Transfer:
 
                 if self.direction == SAVE:
                     async with session.lock:
-                        await save_device(session.device, self._fd, progress)
+                        await _save(session, self._fd, progress)
                 else:
                     self.loaded = await check_stream(self._fd.dup(), progress)
                 self.error = ""
@@ -84,6 +85,22 @@ class Transfer:
         if self.loaded is not None:
             self.loaded[1].close()
             self.loaded = None
+
+
+# Once it has given all of its own state, a back-end may end.
+async def _save(session: Session, fd: OwnedFd, progress: Progress) -> None:
+    device, absence = session.device, session.absence
+    if absence.copy is not None and absence.copy.device is not device:
+        await absence.copy.write(fd, progress)
+        return
+    absence.keep_copy(None)
+    copy = Copy()
+    try:
+        await save_device(device, fd, progress, copy)
+        if (whole := copy.take()) is not None:
+            absence.keep_copy(GivenState(device, whole))
+    finally:
+        copy.close()
 
 
 async def set_device_state_fd(session: Session, message: Message) -> Payload:
@@ -129,6 +146,7 @@ async def _load(session: Session, state: DeviceState, checked: CheckedFd) -> Non
     reasons = await misfits(session.device, state)
     if reasons:
         raise StateError(f"it does not fit {session.device.info.target}: {'; '.join(reasons)}")
+    session.absence.keep_copy(None)
     await load_device(session.device, state, checked, lambda count: None)
     # One that never ran has no vrings to go on with.
     session.incoming = Incoming(state, Origin.FRONT_END) if state.vrings else None

@@ -131,11 +131,20 @@ class DeviceUser:
         setups = [self._setup(v) for v in vrings]
         if self.incoming is None and all(v.begins(self.packed) for v in vrings):
             self.device.new_driver()
-        await self.device.run(features, setups)
+        await self._run(features, setups)
         self.incoming = None
         for vring in vrings:
             vring.running, vring.base = True, None
         self.log.info("%s: running vrings %s", self.name, ", ".join(str(v.index) for v in vrings))
+
+    # What stands in for a device gives nothing back: the next one does.
+    async def _run(self, features: int, setups: list[VringSetup]) -> None:
+        there = not isinstance(self.device, StandIn)
+        if there and self.incoming is None:
+            await self.absence.load_copy(self.device)
+        await self.device.run(features, setups)
+        if there:
+            self.absence.keep_copy(None)
 
     def _setup(self, vring: FrontendVring) -> VringSetup:
         setup = vring.setup(self.memory, self.packed)
@@ -256,6 +265,9 @@ class DeviceUser:
         Raises:
             BridgeError: it does not run; it is this session's device nevertheless.
         """
+        given = self.absence.copy
+        if given is not None and given.device is self.device:
+            given.device = device
         await self._follow(device)
         if self.held:
             self.absence.state = await device.capture()
@@ -295,6 +307,7 @@ class DeviceUser:
             vring.call = call
             vring.enabled = False
         self.use_inflight(None)
+        self.absence.keep_copy(None)
         self.status = 0
         self.held = False
 

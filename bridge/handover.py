@@ -71,7 +71,8 @@ async def pack(session: Session, pauses: Pauses) -> OwnedFd:
     Raises:
         BridgeError: the device can't be suspended or saved, or the kernel does not take so much.
     """
-    if session.transfer is not None:
+    given = session.absence.copy
+    if session.transfer is not None or (given and given.device is not session.device):
         raise StateError("the front-end is moving the device's state", "it will begin again")
     if session.reverse is not None and not session.reverse.at_boundary:
         raise StateError("a notification was half sent", "the front-end takes no more of them")

@@ -12,6 +12,7 @@ from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state import DeviceState, compatibility
 from vhostbridge.backends.state_stream import (
     CheckedFd,
+    Copy,
     Sink,
     Source,
     load_internal,
@@ -22,7 +23,9 @@ from vhostbridge.backends.virtio_config import config_sizes
 Progress = Callable[[int], None]
 
 
-async def save_device(device: Device, sink: OwnedFd, progress: Progress) -> int:
+async def save_device(
+    device: Device, sink: OwnedFd, progress: Progress, copy: Copy | None = None
+) -> int:
     """Write the state of a device to ``sink``, which stays the caller's; returns its bytes.
 
     The device is SUSPENDED, or RESET: one that never ran may have state of its own too.
@@ -34,7 +37,7 @@ async def save_device(device: Device, sink: OwnedFd, progress: Progress) -> int:
         state = device.state_of(await device.full_config())
     else:
         state = await device.capture()
-    with Sink(sink.dup()) as target:
+    with Sink(sink.dup(), copy) as target:
         if state.internal_owner is None:
             return await save_stream(state, None, target, progress)
         async with AsyncExitStack() as transfer:

@@ -13,6 +13,7 @@ from trio.testing import MockClock
 
 from tests.unit.fakes import FakeDevice, u64
 from tests.unit.frontend import OFFER, PF, FrontEnd, connected
+from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state_stream import check_stream
@@ -194,3 +195,90 @@ async def test_state_that_never_comes_is_given_up(autojump_clock: MockClock) -> 
             began = trio.current_time()
             assert await vm.ask(R.CHECK_DEVICE_STATE) == u64(1)
             assert trio.current_time() - began < 40
+
+
+async def gone_after_saving(vm: FrontEnd) -> bytes:
+    """The back-end has given all, been asked whether it was all, and ended: passt does so."""
+    await stopped(vm)
+    data = await save(vm)
+    vm.device.fail("its process ended")
+    assert await vm.ask(R.CHECK_DEVICE_STATE) == u64(0)
+    return data
+
+
+async def start_again(vm: FrontEnd) -> None:
+    """As QEMU does when its migration has failed."""
+    await vm.set_ring(0, base=0)
+    await vm.set_kick(0)
+    await vm.settle()
+
+
+async def test_front_end_is_told_that_a_back_end_that_ended_gave_all() -> None:
+    async with connected(Stateful()) as vm:
+        await gone_after_saving(vm)
+        assert await vm.ask(R.GET_PROTOCOL_FEATURES) != u64(0)
+        assert not vm.ended.is_set()
+
+
+async def test_next_back_end_gets_the_state_only_when_the_front_end_goes_on() -> None:
+    async with connected(Stateful()) as vm:
+        await gone_after_saving(vm)
+        second = Stateful()
+        second.own = b""
+        await vm.session.attach(second)
+        vm.device = second
+        await vm.settle()
+        assert (second.own, second.state) == (b"", State.RESET)
+        await start_again(vm)
+        assert (second.own, second.state) == (OWN, State.RUNNING)
+
+
+async def test_front_end_that_goes_on_before_the_next_back_end_is_there_waits() -> None:
+    async with connected(Stateful()) as vm:
+        await gone_after_saving(vm)
+        await start_again(vm)
+        second = Stateful()
+        second.own = b""
+        await vm.session.attach(second)
+        vm.device = second
+        assert (second.own, second.state) == (OWN, State.RUNNING)
+
+
+async def test_state_is_given_again_when_nothing_ran_since() -> None:
+    """A paused guest is migrated once more."""
+    async with connected(Stateful()) as vm:
+        first = await gone_after_saving(vm)
+        second = Stateful()
+        second.own = b""
+        await vm.session.attach(second)
+        vm.device = second
+        assert await save(vm) == first
+        assert await vm.ask(R.CHECK_DEVICE_STATE) == u64(0)
+
+
+async def test_back_end_that_ends_after_it_ran_on_is_lost() -> None:
+    async with connected(Stateful()) as vm:
+        await stopped(vm)
+        await save(vm)
+        assert await vm.ask(R.CHECK_DEVICE_STATE) == u64(0)
+        await start_again(vm)
+        assert vm.device.state is State.RUNNING
+        vm.device.fail("its process ended")
+        await vm.ended.wait()
+
+
+async def test_state_that_the_next_back_end_refuses_ends_the_session() -> None:
+    class Refusing(Stateful):
+        @asynccontextmanager
+        async def internal_sink(self) -> AsyncIterator[OwnedFd]:
+            self.fail("it refuses")
+            raise PeerError("it refuses")
+            yield
+
+    async with connected(Stateful()) as vm:
+        await gone_after_saving(vm)
+        second = Refusing()
+        await vm.session.attach(second)
+        vm.device = second
+        await vm.set_ring(0, base=0)
+        await vm.lost()
