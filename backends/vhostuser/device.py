@@ -358,7 +358,9 @@ class VhostUserDevice(Device):
         step(self.state, Verb.LOAD)
         self._need_device_state()
         try:
-            await self._set_features(self.features)
+            # One whose driver never came has none, which passt would take for a legacy driver's.
+            if self.features:
+                await self._set_features(self.features)
             async with transfer(self._client, LOAD) as pipe:
                 yield pipe
         except BaseException as error:
