@@ -15,6 +15,9 @@ BY_OTHER_TESTS: dict[str, str] = {
     "docs/migration.md#with-qemu": (
         "tests/host/test_live_migration.py::test_guest_moves_there_and_back_under_load"
     ),
+    "docs/migration.md#state-that-only-the-back-end-has": (
+        "tests/host/test_net_state.py::test_connection_goes_on_there_and_back"
+    ),
     # With systemd for what the guide of virtiofsd does by hand.
     "docs/moving.md#when-the-back-end-goes-away": (
         "tests/host/test_guides.py::test_qemu_and_virtiofsd"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,19 @@ class MigrationError(Exception):
     """It failed; the reason is QEMU's."""
 
 
-def begin(source: Guest, destination: Guest, socket: Path, *, bandwidth: int = 0) -> None:
-    """Start it; `destination` waits for it. `bandwidth` limits it to that many bytes a second."""
+def begin(
+    source: Guest, destination: Guest, socket: Path, *, bandwidth: int = 0, pause: bool = False
+) -> None:
+    """Start it; `destination` waits for it. `bandwidth` limits it to that many bytes a second.
+
+    With `pause` it waits for `finish` when the guest stands still and its devices are to follow.
+    """
     socket.unlink(missing_ok=True)
     # The source goes on where the destination says that it can't.
+    wanted = {"return-path": True, "pause-before-switchover": pause}
     for side in (source, destination):
-        capability = {"capability": "return-path", "state": True}
-        side.qmp.execute("migrate-set-capabilities", capabilities=[capability])
+        capabilities = [{"capability": name, "state": state} for name, state in wanted.items()]
+        side.qmp.execute("migrate-set-capabilities", capabilities=capabilities)
     destination.qmp.execute("migrate-incoming", uri=f"unix:{socket}")
     source.qmp.execute(
         "migrate-set-parameters",
@@ -31,8 +38,10 @@ def begin(source: Guest, destination: Guest, socket: Path, *, bandwidth: int = 0
     source.qmp.execute("migrate", uri=f"unix:{socket}")
 
 
-def finish(source: Guest) -> dict[str, Any]:
+def finish(source: Guest, at_pause: Callable[[], None] | None = None) -> dict[str, Any]:
     """Wait for the end and return what QEMU tells of it: downtime, total-time, ram, ...
+
+    `at_pause` is called when one that was begun with `pause` waits.
 
     Raises:
         MigrationError: it failed, was cancelled, or took too long.
@@ -42,17 +51,26 @@ def finish(source: Guest) -> dict[str, Any]:
         told: dict[str, Any] = source.qmp.execute("query-migrate")
         if told.get("status") == "completed":
             return told
+        if told.get("status") == "pre-switchover" and at_pause is not None:
+            at_pause()
+            at_pause = None
+            source.qmp.execute("migrate-continue", state="pre-switchover")
         if told.get("status") in DONE or time.monotonic() > deadline:
             raise MigrationError(f"{told.get('status')}: {told.get('error-desc', '')}")
         time.sleep(0.02)
 
 
 def migrate(
-    source: Guest, destination: Guest, socket: Path, *, bandwidth: int = 0
+    source: Guest,
+    destination: Guest,
+    socket: Path,
+    *,
+    bandwidth: int = 0,
+    at_pause: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """All of it; `source` has ended afterwards, as after a real one."""
-    begin(source, destination, socket, bandwidth=bandwidth)
-    told = finish(source)
+    begin(source, destination, socket, bandwidth=bandwidth, pause=at_pause is not None)
+    told = finish(source, at_pause)
     destination.qmp.wait_for_event("RESUME")
     source.qmp.execute("quit")
     source.wait()

@@ -45,13 +45,14 @@ class Network:
     """
 
     def __init__(self, ports: Sequence[str]) -> None:
-        self._name = f"vb-{secrets.token_hex(4)}"
+        #: The namespace, for ip -n.
+        self.name = f"vb-{secrets.token_hex(4)}"
         self._ports = ports
         #: The namespace, for nsenter --net.
-        self.place = Path("/run/netns", self._name)
+        self.place = Path("/run/netns", self.name)
 
     def __enter__(self) -> Self:
-        _ip("netns", "add", self._name)
+        _ip("netns", "add", self.name)
         try:
             self._make()
             argv = [sys.executable, "-c", _SERVER, SERVER, str(PORT)]
@@ -59,7 +60,7 @@ class Network:
             self._server = Process(["nsenter", f"--net={self.place}", *argv], name="echo server")
             self._server.wait_for_output("listening")
         except BaseException:
-            _ip("netns", "del", self._name)
+            _ip("netns", "del", self.name)
             raise
         return self
 
@@ -70,10 +71,10 @@ class Network:
         trace: TracebackType | None,
     ) -> None:
         self._server.__exit__(kind, error, trace)
-        _ip("netns", "del", self._name)
+        _ip("netns", "del", self.name)
 
     def _make(self) -> None:
-        inside = ("-n", self._name)
+        inside = ("-n", self.name)
         _ip(*inside, "link", "add", "switch", "type", "bridge")
         for port in self._ports:
             other = f"{port}-sw"
@@ -83,6 +84,49 @@ class Network:
                 _ip(*inside, "link", "set", "dev", interface, "up")
         _ip(*inside, "address", "add", f"{SERVER}/24", "dev", "switch")
         _ip(*inside, "link", "set", "switch", "up")
+
+
+class Seat:
+    """A namespace of its own behind a port of a network, where a host with the guest's address is.
+
+    Several have that one address: only one may be plugged in, as if it moved from host to host.
+    """
+
+    def __init__(self, network: Network, port: str) -> None:
+        self._network, self._port = network, port
+        self._name = f"{network.name}-{port}"
+        #: The namespace, for nsenter --net.
+        self.place = Path("/run/netns", self._name)
+
+    def __enter__(self) -> Self:
+        _ip("netns", "add", self._name)
+        inside = ("-n", self._name)
+        self.unplug()
+        _ip("-n", self._network.name, "link", "set", self._port, "netns", self._name)
+        _ip(*inside, "link", "set", "lo", "up")
+        # Its neighbours need not notice that it moved.
+        _ip(*inside, "link", "set", self._port, "address", "52:54:00:77:00:0a", "up")
+        _ip(*inside, "address", "add", f"{GUEST}/24", "dev", self._port)
+        _ip(*inside, "route", "add", "default", "via", SERVER)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _ip("netns", "del", self._name)
+
+    def plug(self) -> None:
+        self._set_master("master", "switch")
+
+    def unplug(self) -> None:
+        """What it sends is lost from now on, as is what is sent to it."""
+        self._set_master("nomaster")
+
+    def _set_master(self, *master: str) -> None:
+        _ip("-n", self._network.name, "link", "set", "dev", f"{self._port}-sw", *master)
 
 
 def _ip(*arguments: str) -> None:

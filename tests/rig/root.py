@@ -53,6 +53,12 @@ SHARED_PATHS = ("/dev", "/proc", "/sys", "/tmp")
 PRIVATE = ("unshare", "--mount", "--propagation", "private")
 # The host's half, then the tree's. `exec` all the way: the process started becomes the program.
 ENTER = 'mount -n -a -T "$1" && shift && exec "$@"'
+# A program that makes namespaces of users or mounts can't do so from a chroot: the tree becomes the
+# root of this namespace of mounts, with the host's taken off it.
+PIVOT = (
+    'mount -n --bind "$1" "$1" && mount -n -a -T "$2" && cd "$1" && pivot_root . . && '
+    'umount -n -l . && shift 2 && exec "$@"'
+)
 INSIDE = 'export PATH="$0" LC_ALL=C.UTF-8; cd "$1" 2>/dev/null; shift; exec "$@"'
 INSIDE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/usr/libexec"
 
@@ -163,23 +169,27 @@ def _mmdebstrap(
 
 
 def peer_argv(
-    argv: Sequence[str | Path], *, die_with_parent: bool = False, root: Path | None = None
+    argv: Sequence[str | Path],
+    *,
+    die_with_parent: bool = False,
+    root: Path | None = None,
+    pivot: bool = False,
 ) -> list[str]:
     """Return the command that runs `argv` on the host, from the tree.
 
     The process started becomes the program, so its pid is the program's. The working folder is
     kept where the tree has it. With `die_with_parent` the kernel kills the program when the
     *thread* that started it ends: don't start such a program from a thread that ends before it.
+    With `pivot` the program may isolate itself further.
     """
     tree = root or ensure_root()
     table = _mount_table(tree)
     guard = ["setpriv", "--pdeathsig", "KILL"] if die_with_parent else []
-    return [
-        *PRIVATE,
-        *("sh", "-c", ENTER, "sh", str(table)),
-        *(*guard, "chroot", str(tree), "/bin/sh", "-c", INSIDE, INSIDE_PATH, str(Path.cwd())),
-        *map(str, argv),
-    ]
+    enter = ["sh", "-c", ENTER, "sh", str(table), *guard, "chroot", str(tree)]
+    if pivot:
+        enter = ["sh", "-c", PIVOT, "sh", str(tree), str(table), *guard]
+    inside = ["/bin/sh", "-c", INSIDE, INSIDE_PATH, str(Path.cwd())]
+    return [*PRIVATE, *enter, *inside, *map(str, argv)]
 
 
 def _mount_table(tree: Path) -> Path:

@@ -1,0 +1,33 @@
+"""passt: user-mode networking behind vhost-user, which knows the guest's connections itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.rig.root import peer_argv
+
+from .network import Seat
+
+# passt takes one helper, and lets it go with each front-end and after each state: there is always
+# another one, until passt ends.
+_WITH_HELPER = (
+    'while kill -0 $$; do passt-repair "$0.repair"; sleep 0.02; done >/dev/null 2>&1 & exec "$@"'
+)
+
+
+def passt_command(
+    socket: Path, seat: Seat, *, helper: bool = True, debug: bool = False
+) -> list[str]:
+    """The command that serves a guest with what `seat` has of the network.
+
+    With `helper`, which puts sockets into repair mode, connections can go to another passt. With
+    `debug` it tells of each that it gives or takes, and of all else that it does.
+    """
+    argv: list[str | Path] = [
+        *("passt", "--foreground", "--vhost-user", "--socket", socket),
+        *("--runas", "0", "--ipv4-only", "--no-map-gw", *(["--debug"] if debug else [])),
+    ]
+    if helper:
+        argv = ["sh", "-c", _WITH_HELPER, socket, *argv]
+    inner = peer_argv(argv, die_with_parent=True, pivot=True)
+    return ["nsenter", f"--net={seat.place}", *inner]
