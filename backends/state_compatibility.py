@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from .virtio import VHOST_ONLY_FEATURES, device_name, feature_names
-from .virtio_config import ConfigValue, decode_config
+from .virtio_config import CONFIG_FIELDS, ConfigValue, decode_config
 from .virtio_features import BlockFeature, DeviceId, NetFeature, TransportFeature
 
 if TYPE_CHECKING:
@@ -85,6 +85,28 @@ CONFIG_RULES: Mapping[int, Mapping[str, _Rule]] = MappingProxyType(
     }
 )
 """Device id → the fields that matter to a driver which has read them on another device."""
+
+
+#: These a device may change while a driver uses it, and then tells it so.
+_LIVE = frozenset({"capacity"})
+
+
+def relied_on(device_id: int | None, config: bytes, features: int) -> dict[int, bytes]:
+    """The parts of a configuration, by offset, that a driver relies on which has read them.
+
+    A device that takes the place of another one, and is enough of one (``compatibility``), shows
+    the driver these instead of its own: what is enough now would be too much to go back.
+    """
+    rules = CONFIG_RULES.get(device_id, {}) if device_id is not None else {}
+    fields = CONFIG_FIELDS.get(device_id, ()) if device_id is not None else ()
+    return {
+        field.offset: config[field.offset : field.offset + field.kind.size]
+        for field in fields
+        if field.name in rules
+        and field.name not in _LIVE
+        and field.valid(features)
+        and field.offset + field.kind.size <= len(config)
+    }
 
 
 def compatibility(

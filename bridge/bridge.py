@@ -215,6 +215,8 @@ class Bridge:
         finally:
             self._session, self._front_end = None, None
             self._incoming = session.left_behind
+            if self._incoming is None and self._back_end.device is not None:
+                self._back_end.device.shown = {}  # the next guest has read nothing
             self._config = session.absence.config
             self.journal.front_end_left(peer)
             self._left.set()

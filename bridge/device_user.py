@@ -68,7 +68,8 @@ class DeviceUser:
         self.inflight: InflightBuffer | None = None
         self.vrings: dict[int, FrontendVring] = {}
         self.absence = device.absence if isinstance(device, StandIn) else Absence(config)
-        self._config_changed = trio.Event()
+        #: Set for the front-end to be told that it should read the configuration again.
+        self.config_changed = trio.Event()
         self._replaced = trio.Event()
 
     @property
@@ -232,15 +233,16 @@ class DeviceUser:
         await device.set_memory(self.memory.regions)
         self.absence.load(device)
         await self._follow(device)
-        if await self._has_other_config(device):
-            self._config_changed.set()
+        if await self.has_other_config(device):
+            self.config_changed.set()
         try:
             await self._recovering(self.apply)
         except BridgeError as error:
             self.absence.stays(device)
             device.fail(str(error))
 
-    async def _has_other_config(self, device: Device) -> bool:
+    async def has_other_config(self, device: Device) -> bool:
+        """Whether it is another one than what the front-end has read, or can't be read."""
         known = self.absence.config
         with suppress(BridgeError):
             return bool(known) and await device.read_config(0, len(known)) != known
@@ -283,7 +285,7 @@ class DeviceUser:
         await self.update_log(self.log_to)
 
     def _listen_to_device(self) -> None:
-        self.device.on_config_change = lambda: self._config_changed.set()
+        self.device.on_config_change = lambda: self.config_changed.set()
 
     # What else the device has to know
 

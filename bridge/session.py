@@ -231,8 +231,8 @@ class Session(DeviceUser):
 
     async def _notify_config_changes(self) -> None:
         while True:
-            await self._config_changed.wait()
-            self._config_changed = trio.Event()
+            await self.config_changed.wait()
+            self.config_changed = trio.Event()
             if self.reverse is not None and ProtocolFeature.CONFIG in self.protocol:
                 with suppress(TransportLost):
                     await self.reverse.send_request(BackendRequest.CONFIG_CHANGE_MSG)

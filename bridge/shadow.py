@@ -19,6 +19,7 @@ from vhostbridge.backends.guest import MemoryRegion, VringSetup, base_of
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import How, State
 from vhostbridge.backends.state import DeviceState
+from vhostbridge.backends.state_compatibility import relied_on
 
 from .journal import Journal, journaled
 from .passage import Passage, check_kick
@@ -61,6 +62,9 @@ class ShadowDevice(WrappedDevice):
         # Whether all memory is to be marked whenever the device stops.
         self._mark_all = False
         self._logs_itself = False
+        #: What its configuration shows that is not its own, by offset: what a driver relies on that
+        #: has read it on another device.
+        self.shown: Mapping[int, bytes] = {}
 
     @property
     def features(self) -> int:
@@ -205,8 +209,26 @@ class ShadowDevice(WrappedDevice):
         await self._passage.end()
         self._guest, self._running = None, frozenset()
 
+    # Its configuration
+
+    async def read_config(self, offset: int, size: int) -> bytes:
+        return self._as_shown(offset, await super().read_config(offset, size))
+
+    async def full_config(self) -> bytes:
+        return self._as_shown(0, await super().full_config())
+
+    def _as_shown(self, offset: int, data: bytes) -> bytes:
+        changed = bytearray(data)
+        for begin, part in self.shown.items():
+            for at, byte in enumerate(part, begin - offset):
+                if 0 <= at < len(changed):
+                    changed[at] = byte
+        return bytes(changed)
+
     def load(self, state: DeviceState) -> None:
         self._inner.load(state)
+        device_id = self.info.device_id if state.device_id is None else state.device_id
+        self.shown = {**self.shown, **relied_on(device_id, state.config, state.features)}
         self._guest = None
 
     async def capture(self) -> DeviceState:

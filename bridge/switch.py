@@ -15,6 +15,7 @@ from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
 from vhostbridge.backends.guest import MemoryRegion
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.ring_memory import used_index
+from vhostbridge.backends.state_compatibility import relied_on
 from vhostbridge.backends.state_stream import Sink, Source
 from vhostbridge.backends.trace import Tracer
 from vhostbridge.backends.virtio import TransportFeature, device_name
@@ -22,6 +23,7 @@ from vhostbridge.backends.virtio import TransportFeature, device_name
 from .offer import offered_protocol
 from .recovery import last_state
 from .session import Session
+from .shadow import ShadowDevice
 from .state_transfer import misfits
 from .status import SwitchReport
 
@@ -47,7 +49,9 @@ async def hindrances(old: Device, new: Device, session: Session | None) -> list[
     return reasons
 
 
-async def switch(old: Device, new: Device, session: Session | None, report: SwitchReport) -> None:
+async def switch(
+    old: ShadowDevice, new: ShadowDevice, session: Session | None, report: SwitchReport
+) -> None:
     """Let ``new`` go on where ``old`` is, with the vrings of ``session``.
 
     Raises:
@@ -56,6 +60,10 @@ async def switch(old: Device, new: Device, session: Session | None, report: Swit
     began = time.monotonic()
     regions = [] if session is None else session.memory.regions
     await new.set_memory(regions)
+    if session is not None:
+        device_id = new.info.device_id or old.info.device_id
+        new.shown = relied_on(device_id, await old.full_config(), old.info.features)
+        changed = await session.has_other_config(new)
     report.prepare += time.monotonic() - began
     ran = old.state is State.RUNNING
     lap = _Laps(report, old.trace)
@@ -73,6 +81,8 @@ async def switch(old: Device, new: Device, session: Session | None, report: Swit
             await _go_back(old, new, session, regions, error)
         raise
     report.moved = True
+    if session is not None and changed:
+        session.config_changed.set()
 
 
 class _Laps:

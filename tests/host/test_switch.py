@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,16 @@ from tests.peers.bridge import Bridge
 from tests.peers.cut import Cut
 from tests.peers.process import eventually
 from tests.peers.storage import StorageDaemon, make_image
+from tests.vm.guest.blk import BlockDriver
+from tests.vm.guest.frontend import VERSION_1, Frontend
+from tests.vm.guest.memory import Memory
+from tests.vm.guest.vring import SplitRing
 
 ROUNDS = 200 if os.environ.get("VHOST_BRIDGE_SOAK") else 20
 SIZE = 4 << 20
+MQ = 1 << 12
+CONFIG_SIZE, QUEUES = 60, 34  # bytes, and where num_queues is
+CONFIG_CHANGE_MSG = 2
 
 
 @pytest.fixture
@@ -78,6 +86,58 @@ def test_switch_tells_the_parts_of_its_pause(
         assert list(phases) == ["suspend", "state", "resume"]
         assert report["pause"] == pytest.approx(sum(phases.values()))
         assert f"switched to {uri(other)}, pause " in bridge.output
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_what_a_driver_has_read_stays_so_over_a_switch_and_back(
+    disk: StorageDaemon, tmp_path: Path, runs: bool
+) -> None:
+    """Whether or not it has started the device. A disk of another number of queues is no hindrance
+    on the way back, to where the driver has never seen more; the next driver sees what there is."""
+    listen, typed = tmp_path / "vm.sock", ["--type", "block"]
+    with (
+        StorageDaemon(disk.image, tmp_path / "few.sock", queues=2) as few,
+        Bridge(uri(few), listen=listen, arguments=typed) as bridge,
+    ):
+        driver = BlockDriver(SplitRing(Memory(SIZE)))
+        with Frontend(str(listen)) as frontend:
+            frontend.negotiate(wanted=VERSION_1 | MQ)
+            if runs:
+                frontend.set_memory([driver.ring.memory])
+                frontend.start([driver.ring])
+                driver.write_blocks("before", range(20))
+            read = frontend.config(0, CONFIG_SIZE)
+            assert read[QUEUES] == 2
+            for target in (disk, few, disk):
+                assert switch(bridge, uri(target))["switched"]
+                assert frontend.config(0, CONFIG_SIZE) == read
+            if runs:
+                driver.check_blocks("before", range(20))
+        with Frontend(str(listen)) as frontend:
+            frontend.negotiate(wanted=VERSION_1 | MQ)
+            assert frontend.config(0, CONFIG_SIZE)[QUEUES] == 4
+
+
+def test_driver_is_told_of_a_disk_that_is_larger_after_a_switch(
+    disk: StorageDaemon, tmp_path: Path
+) -> None:
+    listen, image = tmp_path / "vm.sock", make_image(tmp_path / "large", 64 << 20)
+    with (
+        StorageDaemon(image, tmp_path / "large.sock", queues=4) as large,
+        Bridge(uri(disk), listen=listen, arguments=["--type", "block"]) as bridge,
+        Frontend(str(listen)) as frontend,
+    ):
+        frontend.negotiate()
+        with frontend.open_reverse_channel() as reverse:
+            before = frontend.config(0, CONFIG_SIZE)
+            assert switch(bridge, uri(large))["switched"]
+            kind = struct.unpack("=I", reverse.recv(12)[:4])[0]
+            assert kind == CONFIG_CHANGE_MSG
+            capacities = [int.from_bytes(c[:8], "little") for c in (before, frontend.config(0, 60))]
+            assert capacities == [(32 << 20) // 512, (64 << 20) // 512]
+            again = bridge.command("switch", uri(disk), check=False)
+            assert again.returncode == 1
+            assert "capacity of the device is 65536" in again.stderr
 
 
 def test_suspended_device_stays_suspended_over_a_switch(

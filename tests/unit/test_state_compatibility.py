@@ -11,6 +11,7 @@ from tests.unit.states import PACKED, VERSION_1, vring
 from vhostbridge.backends.device import DeviceInfo
 from vhostbridge.backends.lifecycle import Ability, Capabilities, How
 from vhostbridge.backends.state import DeviceState, InflightVring, compatibility
+from vhostbridge.backends.state_compatibility import relied_on
 from vhostbridge.backends.virtio import parse_features
 from vhostbridge.backends.virtio_config import CONFIG_FIELDS
 from vhostbridge.backends.virtio_features import DeviceId
@@ -51,6 +52,16 @@ def reasons(
 ) -> list[str]:
     info = info or device_info(features=BLOCK_FEATURES)
     return compatibility(saved, info, capabilities, now, internal_owner)
+
+
+def test_driver_relies_on_the_limits_that_it_may_have_read() -> None:
+    """Not on those of features that it has not, on hints, or on what changes while it runs."""
+    features = VERSION_1 | parse_features(["SEG_MAX", "MQ", "TOPOLOGY"], 2)
+    space = config(2, **BLOCK, opt_io_size=8)
+    parts = relied_on(2, space, features)
+    assert parts == {12: (126).to_bytes(4, "little"), 34: (2).to_bytes(2, "little")}
+    assert relied_on(2, space[:35], features) == {12: (126).to_bytes(4, "little")}
+    assert relied_on(None, space, features) == {}
 
 
 def test_state_loads_on_a_device_like_its_own() -> None:

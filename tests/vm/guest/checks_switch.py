@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 from vhostbridge.backends.errors import BridgeError
 
+from . import libblkio
 from .blk import BLOCK, IN, OUT, BlockDriver, Request, content
 from .checks_model import arrive, control
 from .devices import block_device, net_device, serving, simulator_options
@@ -102,6 +104,27 @@ def check_block_between_vdpa_and_vhost_user() -> None:
         user = f"vhost-user:{socket}"
         go_round(user, ["vdpa:vd0", user], ROUNDS)
         go_round("vdpa:vd0", [user, "vdpa:vd0"], 4)
+
+
+def check_driver_that_uses_all_it_is_offered() -> None:
+    """libblkio's can't move to VDUSE, which lacks features; it can where those are withheld."""
+    options: dict[str, object] = {"size": 4 * MIB, "seed": 3, "state": "/tmp/checks-blocks"}
+    load = options | {"depth": 8, "seconds": 600}
+    Path("/tmp/checks-blocks").unlink(missing_ok=True)
+    with vduse_block() as device, vhost_user_block(device.file) as socket:
+        user = f"vhost-user:{socket}"
+        with serving(("blk", user)) as bridge:
+            libblkio.run(libblkio.USER, bridge.socket, "fill", **options)
+            with libblkio.running(bridge.socket, **load), control("blk") as client:
+                reasons = client.switch("blk", "vdpa:vd0", dry_run=True).reasons
+        lacking = "the device lacks features that were negotiated: "
+        (names,) = [r.removeprefix(lacking) for r in reasons if r.startswith(lacking)]
+        without = ["--type", "block", "--without-features", names]
+        with serving(("blk", user), more=without) as bridge:
+            with libblkio.running(bridge.socket, **load):
+                for target in ("vdpa:vd0", user, "vdpa:vd0"):
+                    switch("blk", target)
+            libblkio.run(libblkio.USER, bridge.socket, "verify", **options)
 
 
 def check_numbered_frames_between_vdpa_devices() -> None:

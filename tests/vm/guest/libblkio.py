@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,26 @@ def start(driver: str, path: str, mode: str, **options: object) -> subprocess.Po
 
 def run(driver: str, path: str, mode: str, **options: object) -> dict[str, Any]:
     """Run it to its end and return its result; all that it read was right."""
-    client = start(driver, path, mode, **options)
+    return finish(start(driver, path, mode, **options))
+
+
+@contextlib.contextmanager
+def running(path: str, **options: object) -> Iterator[subprocess.Popen[str]]:
+    """A client that writes and reads, from its first request on; killed when the block ends."""
+    client = start(USER, path, "write-read", **options)
+    try:
+        assert client.stdout is not None
+        line = client.stdout.readline()
+        assert line == "running\n", line + client.stdout.read()
+        yield client
+        assert not client.poll(), f"blkio_verify ended with {client.returncode}"
+    finally:
+        client.kill()
+        client.wait()
+
+
+def finish(client: subprocess.Popen[str]) -> dict[str, Any]:
+    """Wait for its end and return its result; all that it read was right."""
     try:
         output, _ = client.communicate(timeout=60)
     except subprocess.TimeoutExpired:
