@@ -1,28 +1,49 @@
-"""Runs in the virtual machine: moves devices under load, and prints what each pause was made of.
+"""Runs in the virtual machine: moves devices under load, and tells how long each pause was.
 
-``python3 -m benchmarks.pauses ROUNDS``: JSON, direction by direction, with the parts of every pause
-in seconds; ``waited`` is what of them was spent in ioctls or until a back-end answered.
+``python3 -m benchmarks.pauses ROUNDS``: JSON. ``moves`` has, direction by direction, the parts of
+every pause as the daemon tells them, in seconds; ``waited`` is what of them was spent in ioctls or
+until a back-end answered, ``seen`` the slowest request of the client around the move. ``still`` has
+the slowest request within the same time without a move, by the kind of back-end.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from tests.vm.guest.checks_model import arrive, control
-from tests.vm.guest.checks_switch import BLOCKS, MIB, Load
+from tests.vm.guest import libblkio
+from tests.vm.guest.checks_model import control
 from tests.vm.guest.devices import block_device, net_device, serving, simulator_options
 from tests.vm.guest.frontend import ALL, CONFIG, Frontend
 from tests.vm.guest.memory import Memory
-from tests.vm.guest.net import NetDriver, vhost_user_echo
+from tests.vm.guest.net import NetDriver, frame, vhost_user_echo
 from tests.vm.guest.vduse import vduse_block, vhost_user_block
 from vhostbridge.bridge import bridge
 
 from . import phases
 
-Pauses = dict[str, list[dict[str, float]]]
+MIB = 1 << 20
+LOAD: dict[str, object] = {"size": 4 * MIB, "depth": 8, "seed": 1, "state": "/tmp/blocks"}
+BEFORE, AFTER = 0.1, 0.5  # seconds of load around a move
+
+#: Does something under load, and returns the client's slowest request in seconds.
+Around = Callable[[Callable[[], object]], float]
+
+
+@dataclass(slots=True)
+class Pauses:
+    """What is printed."""
+
+    moves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    still: dict[str, list[float]] = field(default_factory=dict)
 
 
 def tell_what_was_waited() -> None:
@@ -39,18 +60,23 @@ def tell_what_was_waited() -> None:
     names["switch"] = telling
 
 
-def move(
-    pauses: Pauses, name: str, targets: Sequence[str], rounds: int, work: Callable[[], None]
-) -> None:
-    """Move a bridge from each target to the next, again and again, while there is work."""
-    kinds = [kind_of(target) for target in targets]
-    for number in range(rounds * len(targets)):
-        here, there = number % len(targets), (number + 1) % len(targets)
-        work()
+def move(pauses: Pauses, name: str, targets: Sequence[str], rounds: int, around: Around) -> None:
+    """Move a bridge from each target to the next, again and again, under load."""
+    reports: list[Any] = []
+
+    def go(there: str) -> None:
         with control(name) as client:
-            report = client.switch(name, targets[there])
+            reports.append(client.switch(name, there))
+
+    for number in range(rounds * len(targets)):
+        here, there = (targets[(number + step) % len(targets)] for step in (0, 1))
+        kind = kind_of(here)
+        pauses.still.setdefault(kind, []).append(around(lambda: None))
+        seen = around(functools.partial(go, there))
+        report = reports.pop()
         assert report.moved, report
-        pauses.setdefault(f"{kinds[here]} to {kinds[there]}", []).append(dict(report.phases))
+        direction = f"{kind} to {kind_of(there)}"
+        pauses.moves.setdefault(direction, []).append({**report.phases, "seen": seen})
 
 
 def kind_of(target: str) -> str:
@@ -61,33 +87,68 @@ def kind_of(target: str) -> str:
 
 
 def blocks(pauses: Pauses, targets: Sequence[str], rounds: int) -> None:
-    load = Load()
+    """libblkio is the client: writes and reads, all of them verified."""
+    # What the simulator and VDUSE lack of what qemu-storage-daemon has.
+    without = ["--without-features", "SIZE_MAX,CONFIG_WCE,MQ"]
+    without += ["--type", "block"] * targets[0].startswith("vhost-user")
+    with serving(("blk", targets[0]), more=without) as daemon:
 
-    def work() -> None:
-        load.compare(load.driver.take())
-        load.submit(20)
+        def around(act: Callable[[], object]) -> float:
+            options = LOAD | {"seconds": BEFORE + AFTER}
+            with libblkio.running(daemon.socket, **options) as client:
+                time.sleep(BEFORE)
+                act()
+                return float(libblkio.finish(client)["max_ns"]) / 1e9
 
-    with serving(("blk", targets[0])) as daemon, Frontend(daemon.socket) as frontend:
-        arrive(frontend, load.driver, [0])
-        load.driver.write_blocks(0, range(BLOCKS))
-        move(pauses, "blk", targets, rounds, work)
-        load.settle()
+        fill = {name: value for name, value in LOAD.items() if name != "depth"}
+        libblkio.run(libblkio.USER, daemon.socket, "fill", **fill)
+        move(pauses, "blk", targets, rounds, around)
 
 
 def frames(pauses: Pauses, targets: Sequence[str], rounds: int) -> None:
+    """A driver in a thread is the client: it sends a frame as soon as the last one came back."""
     driver = NetDriver(Memory(4 * MIB))
+
+    def around(act: Callable[[], object]) -> float:
+        with traffic(driver) as slowest:
+            time.sleep(BEFORE)
+            act()
+            time.sleep(AFTER)
+        return max(slowest)
+
     with serving(("net", targets[0])) as daemon, Frontend(daemon.socket) as frontend:
         frontend.negotiate(protocol=ALL & ~CONFIG)
         frontend.set_memory([driver.memory])
         frontend.start(driver.rings)
-        move(pauses, "net", targets, rounds, lambda: driver.exchange(20, window=16))
-        driver.exchange(20, window=16)
+        move(pauses, "net", targets, rounds, around)
         driver.check()
+
+
+@contextlib.contextmanager
+def traffic(driver: NetDriver) -> Iterator[list[float]]:
+    """The seconds that each frame took, for as long as the block lasts."""
+    took: list[float] = []
+    ended = threading.Event()
+
+    def exchange() -> None:
+        while not ended.is_set():
+            frame(driver.sent)  # made before the time begins
+            began = time.perf_counter()
+            driver.exchange(1)
+            took.append(time.perf_counter() - began)
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    try:
+        yield took
+    finally:
+        ended.set()
+        thread.join()
 
 
 def main(rounds: int) -> None:
     tell_what_was_waited()
-    pauses: Pauses = {}
+    pauses = Pauses()
     with (
         simulator_options("", block="shared_backend=1"),
         block_device("blk1"),
@@ -99,7 +160,7 @@ def main(rounds: int) -> None:
     with net_device("net1"), net_device("net2"), vhost_user_echo() as socket:
         frames(pauses, ["vdpa:net1", "vdpa:net2"], rounds)
         frames(pauses, ["vdpa:net1", f"vhost-user:{socket}"], rounds)
-    print(json.dumps(pauses))
+    print(json.dumps(dataclasses.asdict(pauses)))
 
 
 if __name__ == "__main__":
