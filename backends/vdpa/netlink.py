@@ -3,6 +3,9 @@
 Calls block, shortly, in the kernel: from trio use ``trio.to_thread.run_sync``, with one
 ``VdpaNetlink`` a call. The family sends no events and doesn't know ``/dev/vhost-vdpa-N``;
 ``discovery`` finds the node through sysfs.
+
+Messages are pyroute2's. The socket is ours: pyroute2's runs an asyncio loop for each call and
+writes to the root logger when the family is missing.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+from pyroute2.netlink import ctrlmsg, genlmsg
+
 from vhostbridge.backends.errors import BridgeError
 
 FAMILY_NAME = "vdpa"
@@ -27,12 +29,8 @@ _NLM_F_ACK_TLVS = 0x200
 _NLMSGERR_ATTR_MSG = 1
 
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
-_GENERIC = struct.Struct("=BBH")  # command, version
-_ATTRIBUTE = struct.Struct("=HH")  # length, type
-_TYPE_MASK = 0x3FFF  # without the bits for nested and for network byte order
 
 Attributes = Sequence[tuple[str, int | str]]
-Table = Sequence[tuple[str, str]]
 
 
 class Command(IntEnum):
@@ -47,51 +45,50 @@ class Command(IntEnum):
     DEV_ATTR_SET = 8
 
 
-#: Name and type of each attribute, without the prefix ``VDPA_ATTR_``; the position is its number.
-ATTRIBUTES = (
-    ("UNSPEC", "none"),
-    ("MGMTDEV_BUS_NAME", "asciiz"),
-    ("MGMTDEV_DEV_NAME", "asciiz"),
-    ("MGMTDEV_SUPPORTED_CLASSES", "uint64"),
-    ("DEV_NAME", "asciiz"),
-    ("DEV_ID", "uint32"),
-    ("DEV_VENDOR_ID", "uint32"),
-    ("DEV_MAX_VQS", "uint32"),
-    ("DEV_MAX_VQ_SIZE", "uint16"),
-    ("DEV_MIN_VQ_SIZE", "uint16"),
-    ("DEV_NET_CFG_MACADDR", "l2addr"),
-    # The header's comment says u8; the kernel has always sent u16.
-    ("DEV_NET_STATUS", "uint16"),
-    ("DEV_NET_CFG_MAX_VQP", "uint16"),
-    ("DEV_NET_CFG_MTU", "uint16"),
-    ("DEV_NEGOTIATED_FEATURES", "uint64"),
-    ("DEV_MGMTDEV_MAX_VQS", "uint32"),
-    ("DEV_SUPPORTED_FEATURES", "uint64"),
-    ("DEV_QUEUE_INDEX", "uint32"),
-    ("DEV_VENDOR_ATTR_NAME", "asciiz"),
-    ("DEV_VENDOR_ATTR_VALUE", "uint64"),
-    ("DEV_FEATURES", "uint64"),
-    ("DEV_BLK_CFG_CAPACITY", "uint64"),
-    ("DEV_BLK_CFG_SIZE_MAX", "uint32"),
-    ("DEV_BLK_CFG_BLK_SIZE", "uint32"),
-    ("DEV_BLK_CFG_SEG_MAX", "uint32"),
-    ("DEV_BLK_CFG_NUM_QUEUES", "uint16"),
-    ("DEV_BLK_CFG_PHY_BLK_EXP", "uint8"),
-    ("DEV_BLK_CFG_ALIGN_OFFSET", "uint8"),
-    ("DEV_BLK_CFG_MIN_IO_SIZE", "uint16"),
-    ("DEV_BLK_CFG_OPT_IO_SIZE", "uint32"),
-    ("DEV_BLK_CFG_MAX_DISCARD_SEC", "uint32"),
-    ("DEV_BLK_CFG_MAX_DISCARD_SEG", "uint32"),
-    ("DEV_BLK_CFG_DISCARD_SEC_ALIGN", "uint32"),
-    ("DEV_BLK_CFG_MAX_WRITE_ZEROES_SEC", "uint32"),
-    ("DEV_BLK_CFG_MAX_WRITE_ZEROES_SEG", "uint32"),
-    ("DEV_BLK_READ_ONLY", "uint8"),
-    ("DEV_BLK_FLUSH", "uint8"),
-)
-# Of a family's description: what was asked with, and what is wanted.
-_FAMILY_ATTRIBUTES = (("UNSPEC", "none"), ("FAMILY_ID", "uint16"), ("FAMILY_NAME", "asciiz"))
+class VdpaMessage(genlmsg):  # type: ignore[misc]  # pyroute2 has no types
+    """A message of the family; the position in ``nla_map`` is the attribute's number."""
 
-_NUMBERS = {"uint8": "=B", "uint16": "=H", "uint32": "=I", "uint64": "=Q"}
+    prefix = "VDPA_ATTR_"
+    nla_map = (
+        ("VDPA_ATTR_UNSPEC", "none"),
+        ("VDPA_ATTR_MGMTDEV_BUS_NAME", "asciiz"),
+        ("VDPA_ATTR_MGMTDEV_DEV_NAME", "asciiz"),
+        ("VDPA_ATTR_MGMTDEV_SUPPORTED_CLASSES", "uint64"),
+        ("VDPA_ATTR_DEV_NAME", "asciiz"),
+        ("VDPA_ATTR_DEV_ID", "uint32"),
+        ("VDPA_ATTR_DEV_VENDOR_ID", "uint32"),
+        ("VDPA_ATTR_DEV_MAX_VQS", "uint32"),
+        ("VDPA_ATTR_DEV_MAX_VQ_SIZE", "uint16"),
+        ("VDPA_ATTR_DEV_MIN_VQ_SIZE", "uint16"),
+        ("VDPA_ATTR_DEV_NET_CFG_MACADDR", "l2addr"),
+        # The header's comment says u8; the kernel has always sent u16.
+        ("VDPA_ATTR_DEV_NET_STATUS", "uint16"),
+        ("VDPA_ATTR_DEV_NET_CFG_MAX_VQP", "uint16"),
+        ("VDPA_ATTR_DEV_NET_CFG_MTU", "uint16"),
+        ("VDPA_ATTR_DEV_NEGOTIATED_FEATURES", "uint64"),
+        ("VDPA_ATTR_DEV_MGMTDEV_MAX_VQS", "uint32"),
+        ("VDPA_ATTR_DEV_SUPPORTED_FEATURES", "uint64"),
+        ("VDPA_ATTR_DEV_QUEUE_INDEX", "uint32"),
+        ("VDPA_ATTR_DEV_VENDOR_ATTR_NAME", "asciiz"),
+        ("VDPA_ATTR_DEV_VENDOR_ATTR_VALUE", "uint64"),
+        ("VDPA_ATTR_DEV_FEATURES", "uint64"),
+        ("VDPA_ATTR_DEV_BLK_CFG_CAPACITY", "uint64"),
+        ("VDPA_ATTR_DEV_BLK_CFG_SIZE_MAX", "uint32"),
+        ("VDPA_ATTR_DEV_BLK_CFG_BLK_SIZE", "uint32"),
+        ("VDPA_ATTR_DEV_BLK_CFG_SEG_MAX", "uint32"),
+        ("VDPA_ATTR_DEV_BLK_CFG_NUM_QUEUES", "uint16"),
+        ("VDPA_ATTR_DEV_BLK_CFG_PHY_BLK_EXP", "uint8"),
+        ("VDPA_ATTR_DEV_BLK_CFG_ALIGN_OFFSET", "uint8"),
+        ("VDPA_ATTR_DEV_BLK_CFG_MIN_IO_SIZE", "uint16"),
+        ("VDPA_ATTR_DEV_BLK_CFG_OPT_IO_SIZE", "uint32"),
+        ("VDPA_ATTR_DEV_BLK_CFG_MAX_DISCARD_SEC", "uint32"),
+        ("VDPA_ATTR_DEV_BLK_CFG_MAX_DISCARD_SEG", "uint32"),
+        ("VDPA_ATTR_DEV_BLK_CFG_DISCARD_SEC_ALIGN", "uint32"),
+        ("VDPA_ATTR_DEV_BLK_CFG_MAX_WRITE_ZEROES_SEC", "uint32"),
+        ("VDPA_ATTR_DEV_BLK_CFG_MAX_WRITE_ZEROES_SEG", "uint32"),
+        ("VDPA_ATTR_DEV_BLK_READ_ONLY", "uint8"),
+        ("VDPA_ATTR_DEV_BLK_FLUSH", "uint8"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,33 +125,27 @@ def encode_request(
     family: int, command: Command, attributes: Attributes, *, sequence: int, dump: bool = False
 ) -> bytes:
     """Return the bytes of a request; attribute names go without their ``VDPA_ATTR_`` prefix."""
-    return _encode(ATTRIBUTES, family, command, attributes, sequence, dump)
+    pairs = [(f"VDPA_ATTR_{name}", value) for name, value in attributes]
+    return _encode(VdpaMessage(), family, command, pairs, sequence, dump)
 
 
 def encode_family_lookup(sequence: int) -> bytes:
     """Return the bytes that ask generic netlink for the family's number."""
-    pairs: Attributes = [("FAMILY_NAME", FAMILY_NAME)]
-    return _encode(_FAMILY_ATTRIBUTES, GENL_ID_CTRL, _CTRL_CMD_GETFAMILY, pairs, sequence, False)
+    pairs: Attributes = [("CTRL_ATTR_FAMILY_NAME", FAMILY_NAME)]
+    return _encode(ctrlmsg(), GENL_ID_CTRL, _CTRL_CMD_GETFAMILY, pairs, sequence, False)
 
 
 def _encode(
-    table: Table, family: int, command: int, attributes: Attributes, sequence: int, dump: bool
+    message: genlmsg, family: int, command: int, pairs: Attributes, sequence: int, dump: bool
 ) -> bytes:
-    numbers = {name: number for number, (name, _) in enumerate(table)}
-    body = _GENERIC.pack(command, _VERSION, 0)
-    for name, value in attributes:
-        number = numbers[name]
-        payload = _encode_value(table[number][1], value)
-        body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(payload), number) + payload
-        body += bytes(-len(body) % 4)
-    flags = _NLM_F_REQUEST | (_NLM_F_DUMP if dump else _NLM_F_ACK)
-    return _HEADER.pack(_HEADER.size + len(body), family, flags, sequence, 0) + body
-
-
-def _encode_value(form: str, value: int | str) -> bytes:
-    if isinstance(value, int):
-        return struct.pack(_NUMBERS[form], value)
-    return bytes.fromhex(value.replace(":", "")) if form == "l2addr" else value.encode() + b"\0"
+    message["cmd"] = int(command)
+    message["version"] = _VERSION
+    message["attrs"] = list(pairs)
+    message["header"]["type"] = family
+    message["header"]["flags"] = _NLM_F_REQUEST | (_NLM_F_DUMP if dump else _NLM_F_ACK)
+    message["header"]["sequence_number"] = sequence
+    message.encode()
+    return bytes(message.data)
 
 
 def decode(data: bytes, family: int, sequence: int) -> Iterator[Reply | End]:
@@ -177,42 +168,23 @@ def decode(data: bytes, family: int, sequence: int) -> Iterator[Reply | End]:
         if kind in (_NLMSG_ERROR, _NLMSG_DONE):
             yield _decode_end(message, kind, flags)
         elif kind == family:
-            yield _decode_reply(
-                message, _FAMILY_ATTRIBUTES if family == GENL_ID_CTRL else ATTRIBUTES
-            )
+            yield _decode_reply(message, ctrlmsg if family == GENL_ID_CTRL else VdpaMessage)
 
 
-def _decode_reply(message: bytes, table: Table) -> Reply:
+def _decode_reply(data: bytes, message_class: type[genlmsg]) -> Reply:
+    message = message_class(data)
     try:
-        command, _, _ = _GENERIC.unpack_from(message, _HEADER.size)
-        pairs = tuple(_decode_attributes(message[_HEADER.size + _GENERIC.size :], table))
-    except (struct.error, UnicodeDecodeError) as error:
+        message.decode()
+    except Exception as error:  # pyroute2 and struct have many
         raise BridgeError(f"the kernel's netlink answer can't be read: {error}") from error
-    return Reply(command, pairs)
-
-
-def _decode_attributes(data: bytes, table: Table) -> Iterator[tuple[str, int | str]]:
-    while data:
-        length, kind = _ATTRIBUTE.unpack_from(data)
-        if not _ATTRIBUTE.size <= length <= len(data):
-            raise struct.error(f"an attribute of {length} bytes where {len(data)} are left")
-        number = kind & _TYPE_MASK
-        # A kernel newer than our table sends attributes that are not in it.
-        if number < len(table):
-            name, form = table[number]
-            value = _decode_value(form, data[_ATTRIBUTE.size : length])
-            if value is not None:
-                yield name, value
-        data = data[(length + 3) & ~3 :]
-
-
-def _decode_value(form: str, payload: bytes) -> int | str | None:
-    if form in _NUMBERS:
-        (number,) = struct.unpack(_NUMBERS[form], payload)
-        return int(number)
-    if form == "asciiz":
-        return payload.rstrip(b"\0").decode()
-    return payload.hex(":") if form == "l2addr" else None
+    prefix = "CTRL_ATTR_" if message_class is ctrlmsg else VdpaMessage.prefix
+    # A kernel newer than our table sends attributes that pyroute2 calls UNKNOWN.
+    pairs = [
+        (name.removeprefix(prefix), value)
+        for name, value in message["attrs"]
+        if name.startswith(prefix) and isinstance(value, int | str)
+    ]
+    return Reply(message["cmd"], tuple(pairs))
 
 
 def _decode_end(message: bytes, kind: int, flags: int) -> End:

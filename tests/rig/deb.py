@@ -20,7 +20,7 @@ MAINTAINER = re.compile(r"^Maintainer: (.+)$", re.MULTILINE)
 VERSION = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)
 
 # What Debian 12 has not new enough; without parts in C, so one package is for every Python.
-OLD_IN_DEBIAN_12 = ("cbor2", "trio")
+OLD_IN_DEBIAN_12 = ("cbor2", "pyroute2", "trio")
 PURE = ("--only-binary=:all:", "--platform=any", "--implementation=py", "--abi=none")
 
 

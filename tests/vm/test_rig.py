@@ -118,7 +118,7 @@ def test_trivial_command_is_quick(vm: Vm) -> None:
 
 def test_product_can_be_imported(vm: Vm) -> None:
     """The wheel and all that it depends on are there, the extension included."""
-    vm.run(["python3", "-c", "import vhostbridge.native, trio, click, cbor2"])
+    vm.run(["python3", "-c", "import vhostbridge.native, trio, click, pyroute2"])
 
 
 @pytest.fixture
