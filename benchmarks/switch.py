@@ -15,7 +15,7 @@ from tests.vm.checks import GuestChecks
 
 from .measure import table
 
-ROUNDS = 3
+ROUNDS = 50
 PARTS = ("suspend", "state", "resume")
 
 
