@@ -118,14 +118,17 @@ class _Daemon:
         return f"serving {count} bridge{'' if count == 1 else 's'}"
 
     async def start_all(self, configs: Iterable[BridgeConfig]) -> None:
-        """Start bridges side by side; when one can't, the others are given up."""
+        """Start bridges side by side; when one can't, the others are given up.
+
+        A reload waits until that is done: it would start those that are not there yet once more.
+        """
         places = trio.CapacityLimiter(STARTING)
 
         async def start(config: BridgeConfig) -> None:
             async with places:
                 await self.start(config)
 
-        async with trio.open_nursery() as nursery:
+        async with self._reloading, trio.open_nursery() as nursery:
             for one in configs:
                 nursery.start_soon(start, one)
 

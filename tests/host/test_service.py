@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from tests.peers import blkio
 from tests.peers.bridge import COMMAND, Bridge
-from tests.peers.process import Process
+from tests.peers.process import Process, eventually
 from tests.peers.storage import StorageDaemon, make_image
 from tests.rig.root import peer_argv
 
@@ -157,6 +158,25 @@ def test_new_bridge_that_can_not_start_is_told_and_the_others_go_on(
         daemon.wait_for_output("two: not started: there is no socket")
         daemon.wait_for_output("reloaded, serving 1 bridge")
         blkio.run(listen, "randread", seconds=1, depth=1)
+
+
+def test_reload_waits_for_bridges_that_are_still_being_started(
+    disk: StorageDaemon, tmp_path: Path
+) -> None:
+    """One would be started a second time, and fail at its own socket."""
+    config, late = tmp_path / "many.toml", tmp_path / "late.sock"
+    patient = 'backend-command = "sleep 600"\n'
+    config.write_text(table("one", tmp_path / "one.sock", late) + patient)
+    with serve(config, tmp_path) as daemon:
+        eventually((tmp_path / "one.sock").is_socket, "it listens")
+        daemon.signal(signal.SIGHUP)
+        daemon.signal(signal.SIGHUP)
+        time.sleep(0.3)
+        with StorageDaemon(disk.image, late):
+            daemon.wait_for_output("reloaded, serving 1 bridge")
+            assert "not started" not in daemon.output
+            blkio.run(tmp_path / "one.sock", "randread", seconds=1, depth=1)
+            assert daemon.terminate() == 0, daemon.output
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
