@@ -165,7 +165,8 @@ class DeviceUser:
         except BridgeError:
             self.held = False
             if ran:
-                await self.device.resume()
+                # Not the device's ``resume``: it knows of vrings that the front-end has stopped.
+                await self.apply()
             raise
 
     async def release(self) -> None:

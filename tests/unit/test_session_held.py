@@ -98,6 +98,20 @@ async def test_a_suspend_that_is_refused_holds_nothing(autojump_clock: MockClock
         assert vm.device.state is State.RUNNING
 
 
+async def test_a_hold_that_fails_lets_only_vrings_go_on_that_ran(autojump_clock: MockClock) -> None:
+    """Those of the vring that the front-end had stopped are closed."""
+    async with connected(FakeDevice(whole=False)) as vm:
+        await vm.start(0, 1)
+        assert await vm.base(1) == 0
+        vm.device.take_calls()
+        vm.device.refuse["read_config"] = Unsupported("not today")
+        with pytest.raises(Unsupported, match="not today"):
+            await vm.session.hold()
+        assert not vm.session.held
+        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, None))
+        assert list(vm.device.rings) == [0]
+
+
 async def test_a_resume_that_is_refused_stays_held(autojump_clock: MockClock) -> None:
     async with connected() as vm:
         await vm.start(0)
