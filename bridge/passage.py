@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import trio
 
@@ -37,6 +38,13 @@ def check_kick(index: int, kick: OwnedFd | None) -> None:
             f"vring {index} has no kick eventfd, and shadow vrings do not poll",
             "use a front-end that kicks",
         )
+
+
+# Its owner may close it, and its number be another file's, while it is signalled.
+async def _signal_copy(fd: OwnedFd | None) -> None:
+    if fd is not None and not fd.closed:
+        with fd.dup() as copy:
+            await signal_eventfds(copy)
 
 
 class Passage:
@@ -151,7 +159,9 @@ class Passage:
             rings.settle(leave=leave)
         except BridgeError:
             if self._device.state is State.SUSPENDED:
-                await self._device.resume()
+                # Of other vrings, which stopped before, the device has only the places.
+                again = [replace(vring, base=None) for vring in rings.setups]
+                await self._device.run(rings.features, again)
             if self._device.state is State.RUNNING:
                 await trio.to_thread.run_sync(rings.stop)
                 rings.start()
@@ -205,7 +215,7 @@ class Passage:
                 )
                 told = f"vring {vring.index}: {reason}"
                 self._journal.tell(Kind.VRING_BROKEN, told, vring=vring.index, why=reason)
-                await signal_eventfds(vring.err)
+                await _signal_copy(vring.err)
 
     async def aclose(self) -> None:
         await self.end()

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import trio
 
+from tests.unit import scripted
 from tests.unit.fakes import FakeDevice, eventfd, memfd
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import Unsupported
 from vhostbridge.backends.fds import OwnedFd, signal_eventfds
 from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.lifecycle import Ability, How, State
+from vhostbridge.backends.vhostuser.messages import Request
+from vhostbridge.bridge import passage
 from vhostbridge.bridge.shadow import ShadowDevice
+from vhostbridge.bridge.shadow_rings import ShadowRings
 from vhostbridge.bridge.tracking import Tracking
 
 MEMORY = 0x10000
@@ -197,6 +203,49 @@ async def test_shadow_vrings_let_go_of_a_log(guest: Guest, how: Tracking) -> Non
         os.pwrite(guest.log.fd.fileno(), bytes(2), 0)
         await complete(guest, inner)
         assert os.pread(guest.log.fd.fileno(), 2, 0) == bytes(2)
+
+
+async def test_broken_vring_is_told_though_its_front_end_changes_the_eventfd(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number may be another file's by the time that it is written to."""
+    err, kept = eventfd(), []
+
+    async def changed_meanwhile(*fds: OwnedFd | None) -> None:
+        kept.append(err.dup())
+        err.close()
+        await signal_eventfds(*fds)
+
+    async with shadowed(guest, FakeDevice(), Tracking.AUTO) as device, trio.open_nursery() as tasks:
+        await device.run(0, [replace(guest.vring(0), err=err)])
+        monkeypatch.setattr(passage, "signal_eventfds", changed_meanwhile)
+        tasks.start_soon(device.watch)
+        guest.write(0x1000, struct.pack("<HHH", 0, 9, 0))
+        await signal_eventfds(guest.kick)
+        await until(lambda: bool(kept) and select.select(kept, [], [], 0)[0] == kept)
+        tasks.cancel_scope.cancel()
+    kept[0].close()
+
+
+async def test_vring_that_stopped_before_stays_so_when_a_suspend_fails(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A back-end remembers where it stopped; its eventfds are closed."""
+    async with scripted.connected() as (inner, backend):
+        device = ShadowDevice(inner, Tracking.AUTO, always=True)
+        await device.set_memory([guest.region])
+        second = replace(guest.vring(0), index=1, driver_area=0x4000, device_area=0x5000)
+        await device.run(0, [guest.vring(0), second])
+        await device.stop_vring(1)
+        await device.run(0, [guest.vring(None)])
+        backend.take()
+        monkeypatch.setattr(ShadowRings, "settle", Mock(side_effect=[BUSY, None]))
+        with pytest.raises(Unsupported, match="did not finish"):
+            await device.suspend()
+        kicked = [f.payload[0] for f in backend.take() if f.request == Request.SET_VRING_KICK]
+        assert device.state is State.RUNNING and kicked == [0]
+        await device.suspend()
+        await device.aclose()
 
 
 @pytest.mark.parametrize("wanted", [True, False])
