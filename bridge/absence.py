@@ -81,7 +81,7 @@ class Absence:
                 self._in_flight = rings
                 return self.state
             self._in_flight = self._in_flight or device.hand_over()
-            if self._in_flight is not None:
+            if self._in_flight is not None or device.at_rest:
                 return device.state_of(b"")
         return last_state(device, [v.index for v in started], regions)
 

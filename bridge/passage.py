@@ -116,7 +116,8 @@ class Passage:
             with trio.CancelScope(shield=True), suppress(BridgeError):
                 if self._device.state is State.RUNNING:
                     await self._device.suspend()
-                await self._device.set_memory(self.memory)
+                if self._device.state is not State.FAILED:
+                    await self._device.set_memory(self.memory)
             rings.stop()
             # What was in flight in a device before is for the one after this.
             self._inherited = inherited

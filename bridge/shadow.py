@@ -55,6 +55,8 @@ class ShadowDevice(WrappedDevice):
         self._features = 0
         # The guest's vrings while they pass through shadow ones, and after, until they go straight.
         self._guest: Mapping[int, VringSetup] | None = None
+        #: Whether the device has nothing of them: should it have failed, that is where they are.
+        self.at_rest = False
         # Whether vrings may stop with requests in flight.
         self._may_leave = False
         # The vrings that run, or ran until the device was suspended.
@@ -144,6 +146,8 @@ class ShadowDevice(WrappedDevice):
     async def _go_back(
         self, features: int, vrings: Sequence[VringSetup], error: BridgeError
     ) -> None:
+        if self.state is State.FAILED:
+            return
         try:
             await self._go(features, vrings)
         except BridgeError as second:
@@ -153,12 +157,25 @@ class ShadowDevice(WrappedDevice):
     async def _go(self, features: int, vrings: Sequence[VringSetup]) -> None:
         await self._passage.end()
         if self._goes_through:
-            self._guest = await self._passage.begin(features, vrings)
-            self._features = features
+            await self._begin(features, vrings)
             await signal_eventfds(*(vring.call for vring in vrings))
         else:
+            self.at_rest = False
             await self._inner.run(features, vrings)
             self._guest = None
+
+    # Shadow vrings relay last: a device that is lost over it has got nothing.
+    async def _begin(self, features: int, vrings: Sequence[VringSetup]) -> None:
+        before = (self._guest, self._features, self.at_rest)
+        self._guest, self._features = {vring.index: vring for vring in vrings}, features
+        self.at_rest = True
+        try:
+            self._guest = await self._passage.begin(features, vrings)
+        except BaseException:
+            if self.state is not State.FAILED:
+                self._guest, self._features, self.at_rest = before
+            raise
+        self.at_rest = False
 
     def hand_over(self) -> ShadowRings | None:
         """The shadow vrings of a device that FAILED, for ``take_over`` of one in its place."""
@@ -180,6 +197,7 @@ class ShadowDevice(WrappedDevice):
     async def _suspend(self, *, leave: bool) -> None:
         if self.shadowed:
             self._guest = await self._passage.suspend(leave=leave)
+            self.at_rest = True
             await self._passage.end()
         else:
             await self._inner.suspend()
@@ -207,7 +225,7 @@ class ShadowDevice(WrappedDevice):
     async def reset(self) -> None:
         await self._inner.reset()
         await self._passage.end()
-        self._guest, self._running = None, frozenset()
+        self._guest, self._running, self.at_rest = None, frozenset(), False
 
     # Its configuration
 
@@ -229,7 +247,7 @@ class ShadowDevice(WrappedDevice):
         self._inner.load(state)
         device_id = self.info.device_id if state.device_id is None else state.device_id
         self.shown = {**self.shown, **relied_on(device_id, state.config, state.features)}
-        self._guest = None
+        self._guest, self.at_rest = None, False
 
     async def capture(self) -> DeviceState:
         state = await super().capture()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
+import pytest
 from trio.testing import MockClock
 
 from tests.unit.fakes import LOG_ALL, FakeDevice, address, memfd, u64
 from tests.unit.frontend import FEATURES, OFFER, PF, USER, FrontEnd, connected, ring
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import TransportLost, Unsupported
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.messages import Request as R
+from vhostbridge.bridge.shadow import with_shadow
+from vhostbridge.bridge.tracking import Tracking
 
 # A bit a page for the fake front-end's memory and beyond.
 SIZE = 4096
@@ -81,6 +87,46 @@ async def test_log_that_a_dying_device_does_not_take_is_for_the_next_one(
         await vm.session.attach(vm.device)
         assert vm.device.logging == (2 * SIZE, {0: USED_AT})
         assert vm.device.state is State.RUNNING
+
+
+@pytest.mark.parametrize("at", ["set_memory", "run"])
+async def test_device_that_dies_as_its_requests_begin_to_pass_through_shadow_vrings_is_replaced(
+    autojump_clock: MockClock, at: str
+) -> None:
+    """None did so far: it stopped before that, and where, is known, whatever is available."""
+
+    class Dying(FakeDevice):
+        async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
+            await super().set_memory(regions)
+            if at == "set_memory" and len(regions) > 1:
+                self._die()
+
+        async def run(self, features: int, vrings: Sequence[VringSetup]) -> None:
+            await super().run(features, vrings)
+            if at == "run" and len(self.regions) > 1:
+                self._die()
+
+        def _die(self) -> None:
+            self.fail("its process died")
+            raise TransportLost("its process died")
+
+        async def aclose(self) -> None:
+            """It is gone."""
+
+    inner = Dying()
+    async with with_shadow(inner, Tracking.SHADOW) as lost:
+        lost.take_calls = inner.take_calls  # type: ignore[attr-defined]
+        async with connected(cast(FakeDevice, lost)) as vm:
+            await vm.start(0)
+            inner.bases[0] = 7
+            os.pwrite(vm.memory.fileno(), struct.pack("<H", 9), 0x11002)
+            await begin(vm)
+            vm.device = FakeDevice()
+            async with vm.session.lock:
+                await vm.session.attach(vm.device)
+            assert vm.device.bases == {0: 7}
+            assert vm.device.logging == (SIZE, {0: USED_AT})
+            assert vm.device.state is State.RUNNING
 
 
 async def test_front_end_that_leaves_ends_the_log(autojump_clock: MockClock) -> None:
