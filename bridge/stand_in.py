@@ -126,8 +126,7 @@ class StandIn(Device):
 
     async def run(self, features: int, vrings: Sequence[VringSetup]) -> None:
         wanted = {vring.index: with_base(vring, self._vrings) for vring in vrings}
-        self.features = features
-        self._vrings.update(wanted)
+        self.features, self._vrings = features, wanted
         self._running = set(wanted)
         self._enter_running()
         self._note()

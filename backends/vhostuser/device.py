@@ -154,6 +154,9 @@ class VhostUserDevice(Device):
         except BridgeError as error:
             await self._go_back(before, error)
             raise
+        # Others stopped for good: their driver or shadow vrings may be gone, and it may even be the
+        # wrong kind of rings by now.
+        self._stopped.clear()
         self._enter_running()
         await kick_and_call(new)
         self._tell_config_change()

@@ -248,6 +248,26 @@ async def test_vring_that_stopped_before_stays_so_when_a_suspend_fails(
         await device.aclose()
 
 
+async def test_shadow_vring_that_stopped_is_forgotten_when_the_others_go_straight(
+    guest: Guest,
+) -> None:
+    """In a state it would be a vring that no guest has."""
+    async with scripted.connected() as (inner, _backend):
+        device = ShadowDevice(inner, Tracking.SHADOW)
+        await device.set_memory([guest.region])
+        second = replace(guest.vring(0), index=1, driver_area=0x4000, device_area=0x5000)
+        await device.log_writes(guest.log, {})
+        await device.run(0, [guest.vring(0), second])
+        await device.stop_vring(1)
+        await device.run(0, [guest.vring(None)])
+        await device.log_writes(None, {})
+        assert not device.shadowed
+        await device.suspend()
+        (left,) = (await device.capture()).vrings
+        assert (left.index, left.driver_area) == (0, 0x1000)
+        await device.aclose()
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 async def test_shadow_vrings_let_go_of_a_log_that_the_device_has_trouble_with(
     guest: Guest, wanted: bool

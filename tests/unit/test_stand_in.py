@@ -11,8 +11,18 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.unit.fakes import FakeDevice, region, u64
-from tests.unit.frontend import DEVICE_GETS, MEMORY, OFFER, PF, USER, FrontEnd, connected, names
+from tests.unit.fakes import RING_PACKED, FakeDevice, region, u64
+from tests.unit.frontend import (
+    DEVICE_GETS,
+    FEATURES,
+    MEMORY,
+    OFFER,
+    PF,
+    USER,
+    FrontEnd,
+    connected,
+    names,
+)
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state import DeviceState
@@ -65,6 +75,26 @@ async def test_messages_are_answered_at_once(autojump_clock: MockClock) -> None:
         assert ("set_memory", (0, MEMORY), (MEMORY, MEMORY)) in device.calls
         assert device.bases == {0: 3, 1: 0}
         assert device.state is State.RUNNING
+
+
+async def test_vrings_of_the_driver_before_are_forgotten(autojump_clock: MockClock) -> None:
+    """Its rings were packed: the next driver's are not."""
+    async with connected() as vm:
+        await vm.set_up(FEATURES | RING_PACKED, OFFER & ~PF.STATUS)
+        for index in (0, 1):
+            await vm.set_call(index)
+            await vm.set_ring(index, 0x8000)
+        await vm.enable(0, 1)
+        await vm.settle()
+        await vm.session.hold()
+        vm.device.fail(DIED)
+        assert [await vm.base(index) for index in (0, 1)] == [0x80008000, 0x80008000]
+        await vm.session.release()
+        await vm.tell(R.SET_FEATURES, u64(FEATURES))
+        await vm.set_ring(0)
+        await vm.settle()
+        assert vm.session.absence.state is not None
+        assert [(v.index, v.base) for v in vm.session.absence.state.vrings] == [(0, 0)]
 
 
 async def test_a_guest_that_was_stopped_meanwhile_stays_so(autojump_clock: MockClock) -> None:

@@ -6,12 +6,14 @@ import os
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import trio
 
-from tests.unit.fakes import LOG_ALL, Frame, eventfd, frame, memfd, signals, u64
+from tests.unit.fakes import LOG_ALL, RING_PACKED, Frame, eventfd, frame, memfd, signals, u64
 from tests.unit.scripted import OFFER, Answer, Backend, connected
+from tests.unit.states import save
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, Unsupported
 from vhostbridge.backends.fds import OwnedFd
@@ -269,3 +271,21 @@ async def test_a_log_that_was_refused_is_begun_when_it_is_asked_for_again(
             assert asked[Request.SET_FEATURES].u64 & LOG_ALL
             assert struct.unpack_from("=II", asked[Request.SET_VRING_ADDR].payload) == (0, 1)
             await b.device.log_writes(None, {})
+
+
+async def test_vrings_of_the_driver_before_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state with a split vring and the position of a packed one would be none."""
+    async with bench(monkeypatch) as b:
+        await b.device.suspend()
+        first, second = b.rings
+        packed = [replace(first, base=0x80008000), replace(second, base=0x80058005)]
+        b.backend.bases.update({0: 0x80008000, 1: 0x80058005})
+        await b.device.run(FEATURES | RING_PACKED, packed)
+        await b.device.suspend()
+        b.backend.bases[0] = 0
+        await b.device.run(FEATURES, [replace(first, base=0)])
+        os.pwrite(b.regions[0].fd.fileno(), bytes(2), first.device_area + 2)
+        await b.device.suspend()
+        state = await b.device.capture()
+        assert [(v.index, v.base) for v in state.vrings] == [(0, 0)]
+        assert save(state)
