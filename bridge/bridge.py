@@ -46,6 +46,7 @@ from .state_transfer import Progress, load_device, misfits, save_device
 from .status import BridgeStatus, SwitchReport
 from .survey import survey
 from .switch import hindrances, switch
+from .waiting import find_state, leave_state
 
 _log = logging.getLogger("vhostbridge.daemon")
 
@@ -69,6 +70,7 @@ class Bridge:
         # What the process before this one left of a front-end.
         self._arrival: Arrival | None = None
         self._parting = False
+        self._parted = trio.Event()
         self._left = trio.Event()
         self._accepting = trio.CancelScope()
         self.name = config.name
@@ -77,6 +79,8 @@ class Bridge:
         self._session: Session | None = None
         self._front_end: int | None = None
         self._incoming: Incoming | None = None
+        # The stream of one that the process before this one left, until it is loaded.
+        self._incoming_stream: CheckedFd | None = None
         self._lock = trio.Lock()
         self._config = b""
         self._back_end = BackEnd(
@@ -97,21 +101,26 @@ class Bridge:
         endpoint = open_endpoint(self.config, self._keeper)
         self._arrival = self._arriving()
         try:
+            await self._find_state()
             async with self._back_end.command_running(), trio.open_nursery() as nursery:
                 try:
-                    begin = self._load_incoming if self._arrival is None else None
+                    waits = self._arrival is not None or self._incoming is not None
+                    begin = None if waits else self._load_incoming
                     await nursery.start(self._back_end.keep, begin)
                     task_status.started()
                     if self._arrival is not None:
                         await self._go_on(self._arrival)
                     while (sock := await self._next_front_end(endpoint)) is not None:
                         await self._serve_one(sock)
+                    if self._parting:
+                        await self._parted.wait()
                 finally:
                     # Last, and whoever cancels us: a front-end that leaves stops its device.
                     self._back_end.stop()
         finally:
             if self._arrival is not None:
                 self._arrival.close()
+            self._give_up_state()
             endpoint.close(keep=self._parting)
 
     async def _next_front_end(self, endpoint: Endpoint) -> trio.socket.SocketType | None:
@@ -147,15 +156,23 @@ class Bridge:
     async def _load_waiting(self, device: Device) -> None:
         if self._incoming is None or device.state is not State.RESET:
             return
-        state = self._incoming.state
+        state, stream, self._incoming_stream = self._incoming.state, self._incoming_stream, None
         reasons = await misfits(device, state)
-        if state.internal_owner is not None:
+        if state.internal_owner is not None and stream is None:
             reasons.append(f"what {state.internal_owner} had of it is lost")
+        try:
+            if not reasons and stream is not None:
+                await load_device(device, state, stream, lambda count: None)
+            elif not reasons:
+                device.load(state)
+        except BridgeError as error:
+            reasons.append(str(error))
+        finally:
+            if stream is not None:
+                stream.close()
         if reasons:
             self._incoming = None
             _log.warning("%s: the waiting state is given up: %s", self.name, "; ".join(reasons))
-        else:
-            device.load(state)
 
     # The device, or somebody in its place; ``None`` before the first one was there.
     def _device(self) -> Device | None:
@@ -171,6 +188,9 @@ class Bridge:
         async with self._lock:
             device = self._device()
             assert device is not None
+            if self._parting:
+                channel.close()
+                return
             await self._load_waiting(device)
         session = self._session_on(channel, device, self._incoming, self._config)
         _log.info("%s: front-end connected (pid %d)", self.name, channel.peer_pid)
@@ -214,7 +234,7 @@ class Bridge:
             self.journal.tell(Kind.ERROR, "internal error, front-end cut off", pid=peer)
         finally:
             self._session, self._front_end = None, None
-            self._incoming = session.left_behind
+            self._incoming = None if session.taken else session.left_behind
             if self._incoming is None and self._back_end.device is not None:
                 self._back_end.device.shown = {}  # the next guest has read nothing
             self._config = session.absence.config
@@ -252,17 +272,41 @@ class Bridge:
         await self._serve(session, peer, begin)
 
     async def part(self) -> None:
-        """Leave the front-end to the process after this one; without one, only stop accepting.
+        """Leave the front-end, or the state that waits for one, to the process after this one.
 
-        If that can't be it is cut off. Afterwards the bridge ends by itself.
+        A front-end with which that can't be is cut off. Afterwards the bridge ends by itself.
         """
         self._parting = True
         self._accepting.cancel()
-        if self._arrival is not None:
-            self._hand_on(self._arrival)
-        if self._session is not None:
-            self._session.part(self._hand_over)
-            await self._left.wait()
+        try:
+            if self._arrival is not None:
+                self._hand_on(self._arrival)
+            if self._session is not None:
+                self._session.part(self._hand_over)
+                await self._left.wait()
+            if self._incoming is not None:
+                await self._leave_state(self._incoming)
+        finally:
+            self._parted.set()
+
+    async def _leave_state(self, waiting: Incoming) -> None:
+        assert self._keeper is not None
+        async with self._lock:
+            if await leave_state(self._keeper, self.name, self._back_end.device, waiting):
+                self._incoming = None
+
+    async def _find_state(self) -> None:
+        if self._keeper is None or self._arrival is not None:
+            return
+        if found := await find_state(self._keeper, self.name):
+            self._incoming, self._incoming_stream = found
+
+    # At the end of the process, or of the bridge.
+    def _give_up_state(self) -> None:
+        if self._incoming_stream is not None:
+            self._incoming_stream.close()
+        if self._incoming is not None:
+            _log.warning("%s: the waiting state is given up: the bridge ends", self.name)
 
     # One that still waits for its back-end here.
     def _hand_on(self, arrival: Arrival) -> None:

@@ -24,7 +24,7 @@ from vhostbridge.backends.fds import OwnedFd, close_all, is_eventfd
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state import PRODUCER
-from vhostbridge.backends.state_stream import Sink, check_stream, save_stream
+from vhostbridge.backends.state_stream import check_stream
 from vhostbridge.backends.trace import OFF, Tracer
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature, Region, VringAddr
@@ -35,7 +35,7 @@ from .incoming import Incoming, Origin
 from .memory import guest_region
 from .offer import check_features, offered_protocol
 from .pauses import Pauses, Reason
-from .state_transfer import load_device, misfits, save_device
+from .state_transfer import load_device, misfits, pack_state
 from .vring import FrontendVring
 
 if TYPE_CHECKING:
@@ -96,18 +96,9 @@ async def _state(session: Session) -> OwnedFd | None:
                 raise
     if device.state is State.RESET:
         return None
-    stream = OwnedFd(os.memfd_create("device-state", os.MFD_CLOEXEC))
-    try:
-        if session.awaiting:
-            with Sink(stream.dup()) as sink:
-                await save_stream(session.absence.known_state, None, sink, lambda count: None)
-        else:
-            await save_device(device, stream, lambda count: None)
-        os.lseek(stream.fileno(), 0, os.SEEK_SET)
-    except BaseException:
-        stream.close()
-        raise
-    return stream
+    if session.awaiting:
+        return await pack_state(None, session.absence.known_state)
+    return await pack_state(device)
 
 
 def _facts(

@@ -2,8 +2,9 @@
 
 There are three kinds. A socket unit's listening sockets have its name for them and stay its own.
 Listening sockets of ours are kept from the moment that they are there, so that front-ends which
-connect while no process runs wait instead of being turned away. And a front-end's session is kept
-while one process ends and another begins (``handover``).
+connect while no process runs wait instead of being turned away. And a front-end's session
+(``handover``), or a state that waits for one (``waiting``), is kept while one process ends and
+another begins.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .notify import Notifier
 _log = logging.getLogger("vhostbridge.daemon")
 
 _FIRST = 3  # sd_listen_fds(3)
-_LISTEN, _SESSION = "listen.", "session."
+_LISTEN, _SESSION, _STATE = "listen.", "session.", "state."
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +41,30 @@ class Keeper:
 
     Attributes:
         sessions: by bridge, what ``handover`` reads.
+        states: by bridge, what ``waiting`` reads: where a state came from, and its stream.
     """
 
     def __init__(self, notifier: Notifier, environment: Mapping[str, str] | None = None) -> None:
         self._notifier = notifier
         self._listening: dict[str, Listening] = {}  # by path
         self.sessions: dict[str, OwnedFd] = {}
+        self.states: dict[str, tuple[str, OwnedFd]] = {}
         for name, fd in _inherited(os.environ if environment is None else environment):
             self._take(name, fd)
 
     def _take(self, name: str, fd: OwnedFd) -> None:
         if name.startswith(_SESSION):
             self.sessions[name.removeprefix(_SESSION)] = fd
-            # It is read once, whatever becomes of it.
-            self._notifier.forget(name)
+        elif name.startswith(_STATE):
+            origin, _, bridge = name.removeprefix(_STATE).partition(".")
+            self.states[bridge] = (origin, fd)
+        else:
+            self._take_listening(name, fd)
             return
+        # It is read once, whatever becomes of it.
+        self._notifier.forget(name)
+
+    def _take_listening(self, name: str, fd: OwnedFd) -> None:
         path = _listening_at(fd)
         ours = name.startswith(_LISTEN)
         if path is None or (ours and not Path(path).is_socket()):
@@ -92,6 +102,10 @@ class Keeper:
         """Let a bridge's session outlive this process; False if it can't."""
         return self._notifier.keep(_SESSION + name, fd.fileno())
 
+    def keep_state(self, name: str, origin: str, fd: OwnedFd) -> bool:
+        """Let a state that waits for a front-end outlive this process; False if it can't."""
+        return self._notifier.keep(f"{_STATE}{origin}.{name}", fd.fileno())
+
     def drop_unused(self) -> None:
         """Close what no bridge asked for."""
         for path, one in self._listening.items():
@@ -104,16 +118,23 @@ class Keeper:
         for name, fd in self.sessions.items():
             _log.warning("%s: a front-end was left here, but there is no such bridge now", name)
             fd.close()
+        for name, (_, fd) in self.states.items():
+            _log.warning("%s: a state was left here, but there is no such bridge now", name)
+            fd.close()
         self._listening.clear()
         self.sessions.clear()
+        self.states.clear()
 
     def close(self) -> None:
         for one in self._listening.values():
             one.fd.close()
         for fd in self.sessions.values():
             fd.close()
+        for _, fd in self.states.values():
+            fd.close()
         self._listening.clear()
         self.sessions.clear()
+        self.states.clear()
 
 
 # A path may be longer than a name, and have other characters.

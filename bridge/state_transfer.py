@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 
@@ -44,6 +45,26 @@ async def save_device(
             pipe = await transfer.enter_async_context(device.internal_source())
             with _Internal(pipe.dup(), transfer) as internal:
                 return await save_stream(state, internal, target, progress)
+
+
+async def pack_state(device: Device | None, known: DeviceState | None = None) -> OwnedFd:
+    """The state of a device as a stream in memory; of one that is not there, what is ``known``.
+
+    Raises:
+        BridgeError: it can't be saved.
+    """
+    stream = OwnedFd(os.memfd_create("device-state", os.MFD_CLOEXEC))
+    try:
+        if device is not None:
+            await save_device(device, stream, lambda count: None)
+        elif known is not None:
+            with Sink(stream.dup()) as sink:
+                await save_stream(known, None, sink, lambda count: None)
+        os.lseek(stream.fileno(), 0, os.SEEK_SET)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
 
 
 async def misfits(device: Device, state: DeviceState) -> list[str]:

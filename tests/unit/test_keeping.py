@@ -85,6 +85,19 @@ def test_session_is_forgotten_as_soon_as_it_is_there(first: int) -> None:
     assert keeper.sessions == {}
 
 
+def test_state_is_forgotten_as_soon_as_it_is_there(first: int) -> None:
+    with OwnedFd(os.memfd_create("x")) as file:
+        os.dup2(file.fileno(), first)
+    told = Told()
+    keeper = Keeper(told, environment("state.KEPT.vm.1"))
+    assert {name: origin for name, (origin, _) in keeper.states.items()} == {"vm.1": "KEPT"}
+    assert told.told == ["forget state.KEPT.vm.1"]
+    keeper.drop_unused()
+    assert keeper.states == {}
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(first)
+
+
 def test_descriptors_for_another_process_are_not_ours(tmp_path: Path, first: int) -> None:
     listening(tmp_path / "a", first)
     keeper = Keeper(Told(), environment("a", pid=os.getpid() + 1))
