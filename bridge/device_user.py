@@ -136,7 +136,9 @@ class DeviceUser:
         self.incoming = None
         for vring in vrings:
             vring.running, vring.base = True, None
-        self.log.info("%s: running vrings %s", self.name, ", ".join(str(v.index) for v in vrings))
+        there = not isinstance(self.device, StandIn)
+        what = "%s: running vrings %s" if there else "%s: vrings %s wait for the back-end"
+        self.log.info(what, self.name, ", ".join(str(v.index) for v in vrings))
 
     # What stands in for a device gives nothing back: the next one does.
     async def _run(self, features: int, setups: list[VringSetup]) -> None:

@@ -77,10 +77,10 @@ class Host:
         argv += ["-device", "virtio-net-pci,netdev=net,mac=52:54:00:77:00:02"]
         return Guest(argv, memory_mib=MEMORY, incoming=incoming)
 
-    def kill_passt(self) -> None:
+    def signal_passt(self, number: signal.Signals) -> None:
         pid = self.bridge.status().backend_pid
         assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
 
     def carried(self, start: int) -> list[tuple[str, ...]]:
         """Positions and lengths of the connections that passt gave or took since then."""
@@ -209,6 +209,36 @@ def test_connection_goes_on_after_a_migration_that_does_not_end(tmp_path: Path, 
         check_load(source)
 
 
+@pytest.mark.parametrize("dead", ["passt", "QEMU"])
+def test_connection_comes_back_when_the_destination_fails_with_it(
+    tmp_path: Path, dead: str
+) -> None:
+    """Of the destination something dies that has to load it. The source's passt has given all away
+    and ended; the next one gets it back."""
+    with two_hosts(tmp_path, debug=True) as (here, there), ExitStack() as stack:
+        source = stack.enter_context(here.guest())
+        begin_load(source)
+        destination = stack.enter_context(there.guest(incoming=True))
+
+        def at_pause() -> None:
+            here.seat.unplug()
+            there.signal_passt(signal.SIGKILL if dead == "passt" else signal.SIGSTOP)
+
+        log = len(here.bridge.output)
+        migration.begin(source, destination, tmp_path / "migration", bandwidth=64 << 20, pause=True)
+        migration.pass_pause(source, at_pause)
+        given = here.bridge.wait_for_output("Migration complete, exiting", start=log)
+        if dead == "QEMU":
+            destination.kill()
+        with pytest.raises(migration.MigrationError, match="failed"):
+            migration.finish(source)
+        here.bridge.wait_for_output("running vrings 0, 1", start=given)
+        here.seat.plug()
+        check_load(source)
+        carried = here.carried(log)
+        assert len(carried) == 4 and carried[:2] == carried[2:]
+
+
 def test_guest_without_a_helper_loses_its_connections_only(tmp_path: Path) -> None:
     with two_hosts(tmp_path, helper=False, debug=True) as hosts, ExitStack() as stack:
         source = stack.enter_context(hosts[0].guest())
@@ -252,6 +282,6 @@ def test_guest_whose_passt_dies_gets_another_one(tmp_path: Path) -> None:
     with two_hosts(tmp_path) as (host, _), host.guest(options=",reconnect-ms=100") as guest:
         set_up(guest)
         log = len(host.bridge.output)
-        host.kill_passt()
+        host.signal_passt(signal.SIGKILL)
         host.bridge.wait_for_output("running vrings 0, 1", start=log)
         guest.run(ONE)

@@ -38,23 +38,32 @@ def begin(
     source.qmp.execute("migrate", uri=f"unix:{socket}")
 
 
-def finish(source: Guest, at_pause: Callable[[], None] | None = None) -> dict[str, Any]:
-    """Wait for the end and return what QEMU tells of it: downtime, total-time, ram, ...
+def pass_pause(source: Guest, at_pause: Callable[[], None]) -> None:
+    """Call `at_pause` when a migration that was begun with `pause` waits, and let it go on.
 
-    `at_pause` is called when one that was begun with `pause` waits.
+    Raises:
+        MigrationError: it ended before, or took too long.
+    """
+    _wait(source, "pre-switchover")
+    at_pause()
+    source.qmp.execute("migrate-continue", state="pre-switchover")
+
+
+def finish(source: Guest) -> dict[str, Any]:
+    """Wait for the end and return what QEMU tells of it: downtime, total-time, ram, ...
 
     Raises:
         MigrationError: it failed, was cancelled, or took too long.
     """
+    return _wait(source, "completed")
+
+
+def _wait(source: Guest, wanted: str) -> dict[str, Any]:
     deadline = time.monotonic() + SECONDS
     while True:
         told: dict[str, Any] = source.qmp.execute("query-migrate")
-        if told.get("status") == "completed":
+        if told.get("status") == wanted:
             return told
-        if told.get("status") == "pre-switchover" and at_pause is not None:
-            at_pause()
-            at_pause = None
-            source.qmp.execute("migrate-continue", state="pre-switchover")
         if told.get("status") in DONE or time.monotonic() > deadline:
             raise MigrationError(f"{told.get('status')}: {told.get('error-desc', '')}")
         time.sleep(0.02)
@@ -70,7 +79,9 @@ def migrate(
 ) -> dict[str, Any]:
     """All of it; `source` has ended afterwards, as after a real one."""
     begin(source, destination, socket, bandwidth=bandwidth, pause=at_pause is not None)
-    told = finish(source, at_pause)
+    if at_pause is not None:
+        pass_pause(source, at_pause)
+    told = finish(source)
     destination.qmp.wait_for_event("RESUME")
     source.qmp.execute("quit")
     source.wait()

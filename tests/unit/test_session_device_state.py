@@ -244,6 +244,21 @@ async def test_front_end_that_goes_on_before_the_next_back_end_is_there_waits() 
         assert (second.own, second.state) == (OWN, State.RUNNING)
 
 
+async def test_log_says_when_vrings_run_and_when_they_only_wait(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An operator puts the guest's address back when its connections are there again."""
+    async with connected(Stateful()) as vm:
+        await gone_after_saving(vm)
+        with caplog.at_level("INFO"):
+            await start_again(vm)
+            assert "running vrings" not in caplog.text
+            assert "vrings 0 wait for the back-end" in caplog.text
+            vm.device = Stateful()
+            await vm.session.attach(vm.device)
+            assert "running vrings 0" in caplog.text
+
+
 async def test_state_is_given_again_when_nothing_ran_since() -> None:
     """A paused guest is migrated once more."""
     async with connected(Stateful()) as vm:
