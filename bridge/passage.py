@@ -111,8 +111,11 @@ class Passage:
             rings.set_log(self.log, self.used_logs)
             await self._device.set_memory([*self.memory, rings.region])
             await self._device.run(rings.features, rings.setups)
-            rings.start()
+            # Before the start: ``watch`` may look as soon as the first one breaks.
+            self.rings = rings
+            await trio.to_thread.run_sync(rings.start)
         except BaseException:
+            self.rings = None
             with trio.CancelScope(shield=True), suppress(BridgeError):
                 if self._device.state is State.RUNNING:
                     await self._device.suspend()
@@ -124,7 +127,6 @@ class Passage:
             if inherited is None:
                 rings.close()
             raise
-        self.rings = rings
         self._journal.traffic.begin(rings)
         return dict(rings.vrings)
 
@@ -165,7 +167,7 @@ class Passage:
                 await self._device.run(rings.features, again)
             if self._device.state is State.RUNNING:
                 await trio.to_thread.run_sync(rings.stop)
-                rings.start()
+                await trio.to_thread.run_sync(rings.start)
             raise
         return dict(rings.vrings)
 

@@ -241,12 +241,12 @@ class ShadowRings:
             lib.vb_shadow_renew(shadow.handle, shadow.device.descriptor_area, broken.fileno())
 
     def start(self) -> None:
-        """Relay, beginning with what is available.
+        """Relay, beginning with what is available, which the device has when this returns.
 
         Raises:
-            KernelRefused: no thread could be made; nothing is relayed.
+            KernelRefused: no thread could be made; nothing is relayed any more.
         """
-        for vring in self._vrings.values():
+        for vring in self._receiving_first():
             result = lib.vb_shadow_start(vring.handle)
             if result < 0:
                 self.stop()
@@ -254,8 +254,13 @@ class ShadowRings:
 
     def hold(self) -> None:
         """Fetch nothing more from the guest."""
-        for vring in self._vrings.values():
+        for vring in reversed(self._receiving_first()):
             lib.vb_shadow_hold(vring.handle)
+
+    # A network device drops what it finds no buffer for, be it the answer to a frame that it was
+    # just given. In devices with both kinds the vrings with even numbers receive.
+    def _receiving_first(self) -> list[_Vring]:
+        return sorted(self._vrings.values(), key=lambda v: (v.guest.index % 2, v.guest.index))
 
     def stop(self) -> None:
         """End the threads, after giving back what the device, which stands still, completed."""

@@ -9,6 +9,7 @@
 #include "shadow.h"
 
 #include <pthread.h>
+#include <semaphore.h>
 
 struct vb_shadow {
 	struct vb_shadow_setup setup;
@@ -26,6 +27,7 @@ struct vb_shadow {
 	bool stop;
 	int wake; /* eventfd that makes the thread look again */
 	int wanted; /* somebody waits for the lock */
+	sem_t begun; /* posted after the thread's first round */
 	pthread_t thread;
 	pthread_mutex_t lock;
 };

@@ -51,6 +51,7 @@ bool guarded(struct vb_shadow *shadow, bool (*work)(struct vb_shadow *shadow))
 bool thread_init(struct vb_shadow *shadow)
 {
 	catch_bus_errors();
+	sem_init(&shadow->begun, 0, 0);
 	shadow->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	return shadow->wake >= 0;
 }
@@ -59,6 +60,18 @@ void thread_free(struct vb_shadow *shadow)
 {
 	if (shadow->wake >= 0)
 		close(shadow->wake);
+	sem_destroy(&shadow->begun);
+}
+
+static struct timespec patience(void)
+{
+	struct timespec until;
+
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_nsec += PATIENCE;
+	until.tv_sec += until.tv_nsec / SECOND;
+	until.tv_nsec %= SECOND;
+	return until;
 }
 
 /* A peer may make the thread wait in a write to its eventfd. */
@@ -69,10 +82,7 @@ void shadow_lock(struct vb_shadow *shadow)
 
 	__atomic_add_fetch(&shadow->wanted, 1, __ATOMIC_SEQ_CST);
 	do {
-		clock_gettime(CLOCK_MONOTONIC, &until);
-		until.tv_nsec += PATIENCE;
-		until.tv_sec += until.tv_nsec / SECOND;
-		until.tv_nsec %= SECOND;
+		until = patience();
 		result = pthread_mutex_clocklock(&shadow->lock, CLOCK_MONOTONIC, &until);
 		if (result == ETIMEDOUT && shadow->running)
 			interrupt_thread(shadow->thread);
@@ -123,22 +133,42 @@ static bool work(struct vb_shadow *shadow, struct pollfd fds[SOURCES], bool *mor
 	return true;
 }
 
+static bool work_locked(struct vb_shadow *shadow, struct pollfd fds[SOURCES], bool *more)
+{
+	bool going;
+
+	while (__atomic_load_n(&shadow->wanted, __ATOMIC_SEQ_CST))
+		sched_yield();
+	pthread_mutex_lock(&shadow->lock);
+	going = work(shadow, fds, more);
+	pthread_mutex_unlock(&shadow->lock);
+	return going;
+}
+
 static void *run(void *argument)
 {
 	struct vb_shadow *shadow = argument;
 	struct pollfd fds[SOURCES] = {{.fd = -1}, {.fd = -1}, {.fd = -1}};
-	bool more = false, going = true;
+	bool more = false, going = work_locked(shadow, fds, &more);
 
+	sem_post(&shadow->begun);
 	while (going) {
-		while (__atomic_load_n(&shadow->wanted, __ATOMIC_SEQ_CST))
-			sched_yield();
-		pthread_mutex_lock(&shadow->lock);
-		going = work(shadow, fds, &more);
-		pthread_mutex_unlock(&shadow->lock);
-		if (going && !more)
+		if (!more)
 			sleep_until_called(fds);
+		going = work_locked(shadow, fds, &more);
 	}
 	return NULL;
+}
+
+static void wait_begun(struct vb_shadow *shadow)
+{
+	struct timespec until = patience();
+
+	while (sem_clockwait(&shadow->begun, CLOCK_MONOTONIC, &until) < 0) {
+		if (errno == ETIMEDOUT)
+			interrupt_thread(shadow->thread);
+		until = patience();
+	}
 }
 
 int64_t vb_shadow_start(struct vb_shadow *shadow)
@@ -157,6 +187,8 @@ int64_t vb_shadow_start(struct vb_shadow *shadow)
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	if (result)
 		shadow->running = false;
+	else
+		wait_begun(shadow);
 	return -result;
 }
 

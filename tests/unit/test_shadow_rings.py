@@ -5,15 +5,23 @@ from __future__ import annotations
 import mmap
 import os
 import select
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
+import trio
 
+from tests.unit.fakes import FakeDevice
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd
 from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.virtio import TransportFeature
+from vhostbridge.bridge.shadow import with_shadow
 from vhostbridge.bridge.shadow_rings import GuestMap, ShadowRings
+from vhostbridge.bridge.tracking import Tracking
 from vhostbridge.native import ffi, lib
 
 PAGE = 4096
@@ -47,6 +55,99 @@ def test_guest_memory_that_goes_away_stops_the_vring_only() -> None:
     rings.close()
     memory.close()
     for fd in (broken, kick, region.fd):
+        fd.close()
+
+
+class Watched:
+    """The native code, which notes the vrings, by their number, that start or are held."""
+
+    def __init__(self) -> None:
+        self.made: list[Any] = []
+        self.started: list[int] = []
+        self.held: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(lib, name)
+
+    def vb_shadow_new(self, *arguments: Any) -> Any:
+        self.made.append(lib.vb_shadow_new(*arguments))
+        return self.made[-1]
+
+    def vb_shadow_start(self, handle: Any) -> int:
+        self.started.append(self.made.index(handle))
+        return int(lib.vb_shadow_start(handle))
+
+    def vb_shadow_hold(self, handle: Any) -> None:
+        self.held.append(self.made.index(handle))
+        lib.vb_shadow_hold(handle)
+
+
+@contextmanager
+def four_rings() -> Iterator[ShadowRings]:
+    """As of a network card with two queue pairs; each has a buffer available, in its own page."""
+    broken, region, memory = new_eventfd(), guest_memory(4), GuestMap()
+    memory.update([region])
+    with mmap.mmap(region.fd.fileno(), region.size) as guest:
+        for page in range(0, region.size, PAGE):
+            struct.pack_into("<QIHH", guest, page, page + 0x800, 16, 0, 0)
+            struct.pack_into("<HHH", guest, page + 0x100, 0, 1, 0)
+    areas = [(at, at + 0x100, at + 0x200) for at in range(0, region.size, PAGE)]
+    vrings = [VringSetup(i, 8, *a, 0, None, None, None, enabled=True) for i, a in enumerate(areas)]
+    rings = ShadowRings(0, vrings, memory, 1 << 32, broken)
+    try:
+        yield rings
+    finally:
+        rings.stop()
+        rings.close()
+        memory.close()
+        broken.close()
+        region.fd.close()
+
+
+def shown(rings: ShadowRings) -> list[int]:
+    """How many buffers each of the device's vrings has had."""
+    with mmap.mmap(rings.region.fd.fileno(), rings.region.size) as memory:
+        offsets = [setup.driver_area - rings.region.guest_address for setup in rings.setups]
+        return [struct.unpack_from("<H", memory, offset + 2)[0] for offset in offsets]
+
+
+def test_device_has_what_was_available_when_the_vrings_have_started() -> None:
+    """Whenever the threads get a processor."""
+    with four_rings() as rings:
+        assert shown(rings) == [0, 0, 0, 0]
+        rings.start()
+        assert shown(rings) == [1, 1, 1, 1]
+
+
+def test_no_frame_is_sent_before_there_are_buffers_for_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Vrings that receive start first, all of them, and are held last."""
+    watched = Watched()
+    monkeypatch.setattr("vhostbridge.bridge.shadow_rings.lib", watched)
+    with four_rings() as rings:
+        rings.start()
+        rings.hold()
+    assert watched.started == [0, 2, 1, 3]
+    assert watched.held == [3, 1, 2, 0]
+
+
+async def test_vrings_that_break_as_they_start_are_reported() -> None:
+    region, errors = guest_memory(4), [new_eventfd() for _ in range(4)]
+    with mmap.mmap(region.fd.fileno(), region.size) as guest, new_eventfd() as kick:
+        for page in range(0, region.size, PAGE):
+            struct.pack_into("<H", guest, page + 0x102, 9)  # more than there is room for
+        vrings = [
+            VringSetup(i, 8, at, at + 0x100, at + 0x200, 0, kick, None, errors[i], enabled=True)
+            for i, at in enumerate(range(0, region.size, PAGE))
+        ]
+        async with with_shadow(FakeDevice(), Tracking.AUTO, always=True) as device:
+            await device.set_memory([region])
+            await device.run(0, vrings)
+            with trio.fail_after(10):
+                for error in errors:
+                    await trio.lowlevel.wait_readable(error.fileno())
+    for fd in (region.fd, *errors):
         fd.close()
 
 

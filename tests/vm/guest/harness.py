@@ -46,6 +46,7 @@ SOAK = (  # count rounds
     "check_libblkio_suspended_at_any_moment",
     "check_numbered_frames_over_suspends",
     "check_shadow_vrings_come_and_go_under_load",
+    "check_numbered_frames_while_shadow_vrings_come_and_go",
     "check_block_between_vdpa_devices_on_one_store",
     "check_block_between_vdpa_and_vhost_user",
     "check_numbered_frames_between_vdpa_devices",
@@ -58,7 +59,6 @@ AT_ONCE = (
     "check_random_writes_and_reads",
     "check_queue_pairs_over_suspends",
     "check_memory_copied_by_the_log_alone",
-    "check_numbered_frames_while_shadow_vrings_come_and_go",
 )
 
 
