@@ -91,7 +91,7 @@ async def test_log_that_a_dying_device_does_not_take_is_for_the_next_one(
 
 @pytest.mark.parametrize("at", ["set_memory", "run"])
 async def test_device_that_dies_as_its_requests_begin_to_pass_through_shadow_vrings_is_replaced(
-    autojump_clock: MockClock, at: str
+    at: str,
 ) -> None:
     """None did so far: it stopped before that, and where, is known, whatever is available."""
 
