@@ -127,10 +127,10 @@ def test_rates_and_metrics_are_those_of_the_load(disk: StorageDaemon, tmp_path: 
                 listen=tmp_path / f"vm{number}",
                 arguments=[*arguments, "--metrics", tmp_path / "metrics"],
             ) as bridge,
-            blkio.start(bridge.listen, "randread", seconds=2, depth=1) as client,
+            blkio.start(bridge.listen, "randread", seconds=6, depth=1) as client,
         ):
             eventually(lambda one=bridge: one.status().state == "running", "it runs")  # type: ignore[misc]
-            # One look may be at the load's first moments, or at another test's.
+            # One look may be at the load's first moments. Each may take a second.
             looks = [first_vring(bridge) for _ in range(3)]
             vring = max(looks, key=lambda one: one["rate"]["requests"] or 0)
             result = blkio.finish(client)
