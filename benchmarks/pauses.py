@@ -84,7 +84,9 @@ def kind_of(target: str) -> str:
     for prefix, kind in (("vdpa:blk", "vdpa_sim_blk"), ("vdpa:net", "vdpa_sim_net")):
         if target.startswith(prefix):
             return kind
-    return "VDUSE" if target.startswith("vdpa:vd") else "vhost-user"
+    if target.startswith("vdpa:vd"):
+        return "VDUSE"
+    return "vhost-user-net" if target.endswith("echo.sock") else "vhost-user-blk"
 
 
 def blocks(pauses: Pauses, targets: Sequence[str], rounds: int) -> None:
