@@ -305,9 +305,11 @@ def test_front_end_is_cut_off_where_its_session_can_not_go_on(
             blkio.verify_file(small.image, size=1 << 20, seed=34)
 
 
+@pytest.mark.parametrize("more", [0, 2])
 def test_front_end_waits_for_a_back_end_that_is_not_there_yet(
-    disk: StorageDaemon, manager: Manager, arguments: list[str | Path], tmp_path: Path
+    disk: StorageDaemon, manager: Manager, arguments: list[str | Path], tmp_path: Path, more: int
 ) -> None:
+    """Over more restarts too, in which the back-end never comes."""
     options: dict[str, object] = {"size": SIZE, "state": tmp_path / "state", "seed": 35}
     daemon = manager.start(*arguments)
     blkio.run(tmp_path / "vm.sock", "fill", **options)
@@ -315,29 +317,12 @@ def test_front_end_waits_for_a_back_end_that_is_not_there_yet(
         client.wait_for_output(blkio.RUNNING)
         stop(daemon)
         disk.kill()
-        daemon = manager.start(*arguments)
-        daemon.wait_for_output("waiting for the back-end")
-        with StorageDaemon(disk.image, disk.socket, queues=4):
-            blkio.finish(client)
-            stop(daemon)
-    blkio.verify_file(disk.image, **options)
-
-
-def test_front_end_that_waits_for_a_back_end_waits_over_another_restart(
-    disk: StorageDaemon, manager: Manager, arguments: list[str | Path], tmp_path: Path
-) -> None:
-    options: dict[str, object] = {"size": SIZE, "state": tmp_path / "state", "seed": 36}
-    daemon = manager.start(*arguments)
-    blkio.run(tmp_path / "vm.sock", "fill", **options)
-    with blkio.start(tmp_path / "vm.sock", "write-read", depth=8, seconds=2, **options) as client:
-        client.wait_for_output(blkio.RUNNING)
-        stop(daemon)
-        disk.kill()
-        for _ in range(2):
+        for _ in range(more):
             daemon = manager.start(*arguments)
             daemon.wait_for_output("waiting for the back-end")
             assert "front-end handed over as it came" in stop(daemon)
         daemon = manager.start(*arguments)
+        daemon.wait_for_output("waiting for the back-end")
         with StorageDaemon(disk.image, disk.socket, queues=4):
             blkio.finish(client)
             stop(daemon)
