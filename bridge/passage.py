@@ -113,6 +113,8 @@ class Passage:
             await self._device.run(rings.features, rings.setups)
             # Before the start: ``watch`` may look as soon as the first one breaks.
             self.rings = rings
+            # As is this: requests pass from the first moment on.
+            self._journal.traffic.begin(rings)
             await trio.to_thread.run_sync(rings.start)
         except BaseException:
             self.rings = None
@@ -122,12 +124,12 @@ class Passage:
                 if self._device.state is not State.FAILED:
                     await self._device.set_memory(self.memory)
             rings.stop()
+            self._journal.traffic.end(rings)
             # What was in flight in a device before is for the one after this.
             self._inherited = inherited
             if inherited is None:
                 rings.close()
             raise
-        self._journal.traffic.begin(rings)
         return dict(rings.vrings)
 
     async def _make_rings(

@@ -144,6 +144,24 @@ def test_rates_and_metrics_are_those_of_the_load(disk: StorageDaemon, tmp_path: 
                 assert int(found[1]) >= result["reads"]
 
 
+def test_requests_are_counted_from_the_first_moment_of_shadow_vrings(
+    disk: StorageDaemon, tmp_path: Path
+) -> None:
+    """Those that wait when the vrings begin pass before anybody could look at the counts."""
+    with (
+        Bridge(
+            f"vhost-user:{disk.socket}", listen=tmp_path / "vm", arguments=["--shadow"]
+        ) as bridge,
+        blkio.start(bridge.listen, "randread", seconds=4, depth=32) as client,
+    ):
+        client.wait_for_output(blkio.RUNNING)
+        for _ in range(20):
+            bridge.operate("Suspend")
+            bridge.operate("Resume")
+        result = blkio.finish(client)
+        assert first_vring(bridge)["requests"] == result["reads"]
+
+
 def first_vring(bridge: Bridge) -> dict[str, Any]:
     (vring, *_) = json.loads(bridge.command("status", "-j").stdout)["bridges"][0]["vrings"]
     assert isinstance(vring, dict)
