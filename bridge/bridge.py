@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import trio
 
@@ -17,7 +18,6 @@ from vhostbridge.backends.errors import (
     ConfigError,
     InvalidTransition,
     StateError,
-    TargetError,
     find_bridge_error,
 )
 from vhostbridge.backends.fds import OwnedFd
@@ -34,7 +34,6 @@ from .config import BridgeConfig
 from .endpoint import Endpoint, open_endpoint
 from .events import Events, Kind
 from .handlers import HANDLERS
-from .handover import Arrival, pack, unpack
 from .incoming import Incoming, disagreements
 from .journal import Journal
 from .keeping import Keeper
@@ -44,9 +43,10 @@ from .shadow import ShadowDevice
 from .stand_in import StandIn
 from .state_transfer import Progress, load_device, misfits, save_device
 from .status import BridgeStatus, SwitchReport
+from .succession import Succession
 from .survey import survey
 from .switch import hindrances, switch
-from .waiting import find_state, leave_state
+from .waiting import Waiting
 
 _log = logging.getLogger("vhostbridge.daemon")
 
@@ -66,26 +66,23 @@ class Bridge:
         trace: Tracer = OFF,
         events: Events | None = None,
     ) -> None:
-        self._keeper = keeper
-        # What the process before this one left of a front-end.
-        self._arrival: Arrival | None = None
-        self._parting = False
-        self._parted = trio.Event()
-        self._left = trio.Event()
-        self._accepting = trio.CancelScope()
         self.name = config.name
         self.trace = trace
         self.journal = Journal(config.name, events, trace=trace)
-        self._session: Session | None = None
-        self._front_end: int | None = None
-        self._incoming: Incoming | None = None
-        # The stream of one that the process before this one left, until it is loaded.
-        self._incoming_stream: CheckedFd | None = None
+        self._keeper = keeper
         self._lock = trio.Lock()
-        self._config = b""
         self._back_end = BackEnd(
             config, self._lock, self.journal, trace, self._take, self._tell_loss
         )
+        self._session: Session | None = None
+        self._left = trio.Event()
+        # What is known of the device's configuration space, from front-end to front-end.
+        self._config = b""
+        self._waiting = Waiting(config.name, keeper)
+        self._succession = Succession(config.name, keeper, self.journal)
+        self._accepting = trio.CancelScope()
+        self._parting = False
+        self._parted = trio.Event()
 
     @property
     def config(self) -> BridgeConfig:
@@ -99,17 +96,18 @@ class Bridge:
             BridgeError: the socket or the device could not be opened the first time.
         """
         endpoint = open_endpoint(self.config, self._keeper)
-        self._arrival = self._arriving()
+        self._succession.find()
         try:
-            await self._find_state()
+            if self._succession.arrival is None:
+                await self._waiting.find()
             async with self._back_end.command_running(), trio.open_nursery() as nursery:
                 try:
-                    waits = self._arrival is not None or self._incoming is not None
-                    begin = None if waits else self._load_incoming
+                    inherits = self._succession.arrival or self._waiting.incoming
+                    begin = None if inherits else self._load_incoming
                     await nursery.start(self._back_end.keep, begin)
                     task_status.started()
-                    if self._arrival is not None:
-                        await self._go_on(self._arrival)
+                    if self._succession.arrival is not None:
+                        await self._serve_arrival()
                     while (sock := await self._next_front_end(endpoint)) is not None:
                         await self._serve_one(sock)
                     if self._parting:
@@ -118,9 +116,8 @@ class Bridge:
                     # Last, and whoever cancels us: a front-end that leaves stops its device.
                     self._back_end.stop()
         finally:
-            if self._arrival is not None:
-                self._arrival.close()
-            self._give_up_state()
+            self._succession.close()
+            self._waiting.close()
             endpoint.close(keep=self._parting)
 
     async def _next_front_end(self, endpoint: Endpoint) -> trio.socket.SocketType | None:
@@ -144,35 +141,13 @@ class Bridge:
 
     async def _take(self, device: Device) -> None:
         if self._session is None:
-            await self._load_waiting(device)
+            await self._waiting.load(device)
         elif self._session.awaiting:
             await self._session.attach(device)
 
     def _tell_loss(self) -> None:
         if self._session is not None and self._session.awaiting:
             _log.info("%s: the front-end waits for the back-end", self.name)
-
-    # A state that waits for a front-end can wait in another device, if all of it is known here.
-    async def _load_waiting(self, device: Device) -> None:
-        if self._incoming is None or device.state is not State.RESET:
-            return
-        state, stream, self._incoming_stream = self._incoming.state, self._incoming_stream, None
-        reasons = await misfits(device, state)
-        if state.internal_owner is not None and stream is None:
-            reasons.append(f"what {state.internal_owner} had of it is lost")
-        try:
-            if not reasons and stream is not None:
-                await load_device(device, state, stream, lambda count: None)
-            elif not reasons:
-                device.load(state)
-        except BridgeError as error:
-            reasons.append(str(error))
-        finally:
-            if stream is not None:
-                stream.close()
-        if reasons:
-            self._incoming = None
-            _log.warning("%s: the waiting state is given up: %s", self.name, "; ".join(reasons))
 
     # The device, or somebody in its place; ``None`` before the first one was there.
     def _device(self) -> Device | None:
@@ -191,34 +166,29 @@ class Bridge:
             if self._parting:
                 channel.close()
                 return
-            await self._load_waiting(device)
-        session = self._session_on(channel, device, self._incoming, self._config)
-        _log.info("%s: front-end connected (pid %d)", self.name, channel.peer_pid)
-        await self._serve(session, channel.peer_pid)
+            await self._waiting.load(device)
+        session = self._session_on(channel, device)
+        _log.info("%s: front-end connected (pid %d)", self.name, session.peer)
+        await self._serve(session)
 
-    def _session_on(
-        self,
-        channel: Channel,
-        device: Device,
-        incoming: Incoming | None = None,
-        config: bytes = b"",
-    ) -> Session:
+    def _session_on(self, channel: Channel, device: Device) -> Session:
         return Session(
             self.name,
             channel,
             device,
             HANDLERS,
             lock=self._lock,
-            incoming=incoming,
+            incoming=self._waiting.incoming,
             on_disconnect=self.config.on_disconnect,
-            config=config,
+            config=self._config,
             backend_timeout=self.config.backend_timeout,
         )
 
     async def _serve(
-        self, session: Session, peer: int, begin: Callable[[], Awaitable[None]] | None = None
+        self, session: Session, begin: Callable[[], Awaitable[None]] | None = None
     ) -> None:
-        self._session, self._front_end, self._left = session, peer, trio.Event()
+        peer = session.peer
+        self._session, self._left = session, trio.Event()
         self.journal.front_end_came(peer)
         left = False
         try:
@@ -233,9 +203,9 @@ class Bridge:
             _log.exception("%s: internal error, front-end (pid %d) cut off", self.name, peer)
             self.journal.tell(Kind.ERROR, "internal error, front-end cut off", pid=peer)
         finally:
-            self._session, self._front_end = None, None
-            self._incoming = None if session.taken else session.left_behind
-            if self._incoming is None and self._back_end.device is not None:
+            self._session = None
+            self._waiting.incoming = None if session.taken else session.left_behind
+            if self._waiting.incoming is None and self._back_end.device is not None:
                 self._back_end.device.shown = {}  # the next guest has read nothing
             self._config = session.absence.config
             self.journal.front_end_left(peer)
@@ -245,31 +215,13 @@ class Bridge:
 
     # From one process to the next
 
-    def _arriving(self) -> Arrival | None:
-        box = None if self._keeper is None else self._keeper.sessions.pop(self.name, None)
-        try:
-            return None if box is None else Arrival(box)
-        except BridgeError as error:
-            _log.error("%s: %s", self.name, error)
-            return None
-
-    async def _go_on(self, arrival: Arrival) -> None:
+    async def _serve_arrival(self) -> None:
         device = await self._back_end.available()
         if self._parting:
             return
-        self._arrival = None
-        channel = arrival.channel(self.trace)
-        session = self._session_on(channel, device)
-        peer = channel.peer_pid
-
-        async def begin() -> None:
-            try:
-                pause = await unpack(arrival, session, self.journal.pauses)
-            finally:
-                arrival.close()
-            _log.info("%s: front-end (pid %d) taken over, pause %.3g s", self.name, peer, pause)
-
-        await self._serve(session, peer, begin)
+        arrival = self._succession.take()
+        session = self._session_on(arrival.channel(self.trace), device)
+        await self._serve(session, partial(self._succession.take_over, arrival, session))
 
     async def part(self) -> None:
         """Leave the front-end, or the state that waits for one, to the process after this one.
@@ -279,69 +231,21 @@ class Bridge:
         self._parting = True
         self._accepting.cancel()
         try:
-            if self._arrival is not None:
-                self._hand_on(self._arrival)
+            self._succession.hand_on()
             if self._session is not None:
-                self._session.part(self._hand_over)
+                self._session.part(self._succession.hand_over)
                 await self._left.wait()
-            if self._incoming is not None:
-                await self._leave_state(self._incoming)
+            if self._waiting.incoming is not None:
+                async with self._lock:
+                    await self._waiting.leave(self._back_end.device)
         finally:
             self._parted.set()
-
-    async def _leave_state(self, waiting: Incoming) -> None:
-        assert self._keeper is not None
-        async with self._lock:
-            if await leave_state(self._keeper, self.name, self._back_end.device, waiting):
-                self._incoming = None
-
-    async def _find_state(self) -> None:
-        if self._keeper is None or self._arrival is not None:
-            return
-        if found := await find_state(self._keeper, self.name):
-            self._incoming, self._incoming_stream = found
-
-    # At the end of the process, or of the bridge.
-    def _give_up_state(self) -> None:
-        if self._incoming_stream is not None:
-            self._incoming_stream.close()
-        if self._incoming is not None:
-            _log.warning("%s: the waiting state is given up: the bridge ends", self.name)
-
-    # One that still waits for its back-end here.
-    def _hand_on(self, arrival: Arrival) -> None:
-        try:
-            self._keep_session(arrival.pack_again())
-        except BridgeError as error:
-            _log.error("%s: the front-end can't be handed over: %s", self.name, error)
-        else:
-            _log.info("%s: front-end handed over as it came", self.name)
-
-    def _keep_session(self, box: OwnedFd) -> None:
-        assert self._keeper is not None
-        with box:
-            if not self._keeper.keep_session(self.name, box):
-                raise TargetError("the service manager does not keep it")
-
-    async def _hand_over(self, session: Session) -> bool:
-        try:
-            with self.journal.because(Reason.RESTART):
-                self._keep_session(await pack(session, self.journal.pauses))
-        except BridgeError as error:
-            _log.error("%s: the front-end can't be handed over: %s", self.name, error)
-            return False
-        _log.info("%s: front-end (pid %d) handed over", self.name, session.channel.peer_pid)
-        return True
 
     # What an operator asks
 
     def status(self) -> BridgeStatus:
         """What is known at this moment, from the device, the front-end and guest memory."""
-        device = self._back_end.device
-        known = survey(
-            self.config, device, self._session, self._front_end, self._incoming, self.journal
-        )
-        return replace(known, backend_pid=self._back_end.pid)
+        return survey(self._back_end, self._session, self._waiting.incoming, self.journal)
 
     async def suspend(self) -> None:
         """Freeze the device; its front-end stays connected and its requests wait.
@@ -414,7 +318,9 @@ class Bridge:
         state, checked = await check_stream(source.dup(), progress)
         with checked:
             async with self._operation() as device:
-                reasons = await self._reasons(device, state)
+                reasons = await misfits(device, state)
+                if self._session is not None:
+                    reasons += disagreements(state, device.features, device.vrings)
                 if dry_run or reasons:
                     return reasons
                 await self._load(device, state, checked, progress)
@@ -463,12 +369,6 @@ class Bridge:
             self.config, backend=backend, device_id=device_id, incoming=None, backend_command=()
         )
 
-    async def _reasons(self, device: Device, state: DeviceState) -> list[str]:
-        reasons = await misfits(device, state)
-        if self._session is not None:
-            reasons += disagreements(state, device.features, device.vrings)
-        return reasons
-
     async def _load(
         self, device: Device, state: DeviceState, checked: CheckedFd, progress: Progress
     ) -> None:
@@ -479,7 +379,7 @@ class Bridge:
             self._session.absence.state = state
 
     def _expect(self, incoming: Incoming | None) -> None:
-        self._incoming = incoming
+        self._waiting.incoming = incoming
         if self._session is not None:
             self._session.incoming = incoming
 

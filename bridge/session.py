@@ -79,6 +79,8 @@ class Session(DeviceUser):
         #: The front-end's connection, and ours towards it (SET_BACKEND_REQ_FD).
         self.channel = channel
         self.reverse: Channel | None = None
+        #: The front-end's process, as far as the kernel can tell.
+        self.peer = channel.peer_pid
         #: The state that the front-end moves, until it has asked how that went.
         self.transfer: Transfer | None = None
         self._handlers = handlers

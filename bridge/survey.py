@@ -13,31 +13,30 @@ from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.ring_memory import available_index, used_index
 from vhostbridge.backends.virtio import TransportFeature, device_name
 
-from .config import BridgeConfig
+from .back_end import BackEnd
 from .events import Kind
 from .facts import capabilities_report
 from .incoming import Incoming, Origin
 from .journal import Journal
 from .session import Session
-from .shadow import ShadowDevice
 from .status import BridgeStatus, VringStatus
 from .traffic import Count, Traffic
 
 
 def survey(
-    config: BridgeConfig,
-    device: ShadowDevice | None,
+    back_end: BackEnd,
     session: Session | None,
-    front_end: int | None,
     incoming: Incoming | None,
     journal: Journal,
 ) -> BridgeStatus:
-    """The status of one bridge; ``device`` is ``None`` while its back-end is not there."""
+    """The status of one bridge, whether its back-end is there or not."""
+    config, device = back_end.config, back_end.device
     device_id = None if device is None else device.info.device_id
     waiting = incoming if session is None else session.incoming
     return BridgeStatus(
         name=config.name,
         backend=config.backend,
+        backend_pid=back_end.pid,
         listen=config.listen or config.connect or f"fd {config.fd}",
         device=None if device_id is None else device_name(device_id),
         state="closed" if device is None else device.state.value,
@@ -45,7 +44,7 @@ def survey(
         held=session is not None and session.held,
         incoming=waiting is not None,
         kept=waiting is not None and waiting.origin is Origin.KEPT,
-        front_end=front_end,
+        front_end=None if session is None else session.peer,
         features=0 if device is None else device.features,
         status=0 if session is None else session.status,
         capabilities={} if device is None else capabilities_report(device.capabilities),

@@ -1,4 +1,4 @@
-"""A state that waits for a front-end goes from one process to the next."""
+"""A state that waits for a front-end: in a device, and from one process to the next."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import logging
 from typing import TYPE_CHECKING
 
 from vhostbridge.backends.errors import BridgeError, StateError, TargetError
+from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state_stream import check_stream
 
 from .incoming import Incoming, Origin
-from .state_transfer import pack_state
+from .state_transfer import load_device, misfits, pack_state
 
 if TYPE_CHECKING:
     from vhostbridge.backends.device import Device
@@ -20,37 +21,83 @@ if TYPE_CHECKING:
 _log = logging.getLogger("vhostbridge.daemon")
 
 
-async def leave_state(keeper: Keeper, name: str, device: Device | None, waiting: Incoming) -> bool:
-    """Let the process after this one have a state that waits in ``device``, if that is there.
+class Waiting:
+    """The state that waits for a bridge's next front-end, if one does.
 
-    False, and a line in the log, if it can't be saved or nobody keeps it.
+    It waits in the bridge's device. One that the process before this one left waits in its stream,
+    until a device is there.
     """
-    owner = waiting.state.internal_owner
-    try:
-        if device is None and owner is not None:
-            raise StateError(f"what {owner} had of it is lost")
-        with await pack_state(device, waiting.state) as stream:
-            if not keeper.keep_state(name, waiting.origin.name, stream):
-                raise TargetError("the service manager does not keep it")
-    except BridgeError as error:
-        _log.error("%s: the waiting state can't be handed over: %s", name, error)
-        return False
-    _log.info("%s: the waiting state is handed over", name)
-    return True
 
+    def __init__(self, name: str, keeper: Keeper | None) -> None:
+        self._name = name
+        self._keeper = keeper
+        #: ``None`` if nothing waits. While a front-end is connected its session knows better.
+        self.incoming: Incoming | None = None
+        self._stream: CheckedFd | None = None
 
-async def find_state(keeper: Keeper, name: str) -> tuple[Incoming, CheckedFd] | None:
-    """What the process before left for a bridge, and the stream that it came in.
+    async def find(self) -> None:
+        """See whether the process before left a state; one that can't be used is logged."""
+        left = None if self._keeper is None else self._keeper.states.pop(self._name, None)
+        if left is None:
+            return
+        origin, fd = left
+        with fd:
+            try:
+                state, self._stream = await check_stream(fd.dup(), lambda count: None)
+            except BridgeError as error:
+                _log.error("%s: the waiting state is given up: %s", self._name, error)
+                return
+        self.incoming = Incoming(state, Origin.__members__.get(origin, Origin.LOADED))
 
-    ``None`` if there is nothing, or, with a line in the log, if it can't be used.
-    """
-    if (left := keeper.states.pop(name, None)) is None:
-        return None
-    origin, fd = left
-    with fd:
+    async def load(self, device: Device) -> None:
+        """Let it wait in ``device``, if that is RESET: another one than it was in, or the first.
+
+        It is given up, with a line in the log, if it does not fit or not all of it is known here.
+        """
+        if self.incoming is None or device.state is not State.RESET:
+            return
+        state, stream, self._stream = self.incoming.state, self._stream, None
+        reasons = await misfits(device, state)
+        if state.internal_owner is not None and stream is None:
+            reasons.append(f"what {state.internal_owner} had of it is lost")
         try:
-            state, stream = await check_stream(fd.dup(), lambda count: None)
+            if not reasons and stream is not None:
+                await load_device(device, state, stream, lambda count: None)
+            elif not reasons:
+                device.load(state)
         except BridgeError as error:
-            _log.error("%s: the waiting state is given up: %s", name, error)
-            return None
-        return Incoming(state, Origin.__members__.get(origin, Origin.LOADED)), stream
+            reasons.append(str(error))
+        finally:
+            if stream is not None:
+                stream.close()
+        if reasons:
+            self.incoming = None
+            _log.warning("%s: the waiting state is given up: %s", self._name, "; ".join(reasons))
+
+    async def leave(self, device: Device | None) -> None:
+        """Let the next process have it; ``device`` is the one that it waits in, if that is there.
+
+        It stays, with a line in the log, if it can't be saved or nobody keeps it.
+        """
+        if self.incoming is None:
+            return
+        assert self._keeper is not None
+        state, origin = self.incoming.state, self.incoming.origin
+        try:
+            if device is None and state.internal_owner is not None:
+                raise StateError(f"what {state.internal_owner} had of it is lost")
+            with await pack_state(device, state) as stream:
+                if not self._keeper.keep_state(self._name, origin.name, stream):
+                    raise TargetError("the service manager does not keep it")
+        except BridgeError as error:
+            _log.error("%s: the waiting state can't be handed over: %s", self._name, error)
+        else:
+            _log.info("%s: the waiting state is handed over", self._name)
+            self.incoming = None
+
+    def close(self) -> None:
+        """The bridge ends; what still waits is lost."""
+        if self._stream is not None:
+            self._stream.close()
+        if self.incoming is not None:
+            _log.warning("%s: the waiting state is given up: the bridge ends", self._name)

@@ -9,8 +9,8 @@ import array
 import os
 import socket
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 
 import trio
@@ -204,6 +204,45 @@ class FakeDevice(Device):
 
     async def aclose(self) -> None:
         self._enter(Verb.CLOSE)
+
+
+class OnVdpa(FakeDevice):
+    """One whose state has a transport that exists."""
+
+    transport = "vdpa"
+
+
+OWN = b"what only the back-end knows"
+
+
+class Stateful(FakeDevice):
+    """A device with some bytes of state of its own."""
+
+    transport = "vhost-user"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = OWN
+
+    @property
+    def internal_owner(self) -> str:
+        return "fake"
+
+    @asynccontextmanager
+    async def internal_source(self) -> AsyncIterator[OwnedFd]:
+        reader, writer = (OwnedFd(fd) for fd in os.pipe())
+        with reader:
+            os.write(writer.fileno(), self.own)
+            writer.close()
+            yield reader
+
+    @asynccontextmanager
+    async def internal_sink(self) -> AsyncIterator[OwnedFd]:
+        reader, writer = (OwnedFd(fd) for fd in os.pipe())
+        with reader, writer:
+            yield writer
+            writer.close()
+            self.own = os.read(reader.fileno(), 1 << 16)
 
 
 # Frames and descriptors

@@ -12,7 +12,7 @@ import cbor2
 import pytest
 import trio
 
-from tests.unit.fakes import FakeDevice, device_info, memfd, signals
+from tests.unit.fakes import FakeDevice, OnVdpa, device_info, memfd, signals
 from tests.unit.frontend import OFFER, PF, FrontEnd, connected, ring, shared_files
 from vhostbridge.backends.errors import BridgeError, StateError
 from vhostbridge.backends.fds import OwnedFd
@@ -23,12 +23,6 @@ from vhostbridge.bridge.handlers import HANDLERS
 from vhostbridge.bridge.handover import Arrival, pack, unpack
 from vhostbridge.bridge.pauses import Pauses
 from vhostbridge.bridge.session import Session
-
-
-class OnVdpa(FakeDevice):
-    """One whose state has a transport that exists."""
-
-    transport = "vdpa"
 
 
 async def leave(vm: FrontEnd) -> OwnedFd:

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.unit.fakes import FakeDevice, u64
+from tests.unit.fakes import OWN, Stateful, u64
 from tests.unit.frontend import OFFER, PF, FrontEnd, connected
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.fds import OwnedFd
@@ -21,37 +21,6 @@ from vhostbridge.backends.vhostuser.messages import Request as R
 
 PROTOCOL = OFFER & ~PF.STATUS | PF.DEVICE_STATE
 ACCEPTED, REFUSED = u64(0x100), u64(0x101)
-OWN = b"what only the back-end knows"
-
-
-class Stateful(FakeDevice):
-    """A device with some bytes of state of its own."""
-
-    transport = "vhost-user"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.own = OWN
-
-    @property
-    def internal_owner(self) -> str:
-        return "fake"
-
-    @asynccontextmanager
-    async def internal_source(self) -> AsyncIterator[OwnedFd]:
-        reader, writer = (OwnedFd(fd) for fd in os.pipe())
-        with reader:
-            os.write(writer.fileno(), self.own)
-            writer.close()
-            yield reader
-
-    @asynccontextmanager
-    async def internal_sink(self) -> AsyncIterator[OwnedFd]:
-        reader, writer = (OwnedFd(fd) for fd in os.pipe())
-        with reader, writer:
-            yield writer
-            writer.close()
-            self.own = os.read(reader.fileno(), 1 << 16)
 
 
 async def save(vm: FrontEnd) -> bytes:
