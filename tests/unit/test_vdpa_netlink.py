@@ -1,118 +1,34 @@
-"""The vdpa netlink family, byte for byte, against a kernel played by a socket pair.
-
-Requests and replies are built here with struct from the attribute table of linux/vdpa.h, not
-with the code under test.
-"""
+"""The vdpa netlink family, against a kernel that is played by a socket pair."""
 
 from __future__ import annotations
 
 import errno
-import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.unit.netlink_kernel import (
+    MULTI,
+    Kernel,
+    ack,
+    attribute,
+    done,
+    message,
+    text,
+    u8,
+    u16,
+    u32,
+    u64,
+)
 from vhostbridge.backends.errors import ConfigError
 from vhostbridge.backends.vdpa.netlink import (
     FamilyMissing,
     MgmtDevice,
     NetlinkRefused,
     VdpaDeviceInfo,
-    VdpaNetlink,
 )
-from vhostbridge.backends.vdpa.netlink_messages import (
-    Command,
-    End,
-    Reply,
-    VdpaMessage,
-    decode,
-    encode_request,
-)
-
-FAMILY = 0x1C
-MULTI = 2
-ACK_TLVS = 0x200
-CAPPED = 0x100
-
-
-def attribute(number: int, payload: bytes) -> bytes:
-    padding = bytes(-len(payload) % 4)
-    return struct.pack("=HH", 4 + len(payload), number) + payload + padding
-
-
-def text(number: int, value: str) -> bytes:
-    return attribute(number, value.encode() + b"\0")
-
-
-def u8(number: int, value: int) -> bytes:
-    return attribute(number, struct.pack("=B", value))
-
-
-def u16(number: int, value: int) -> bytes:
-    return attribute(number, struct.pack("=H", value))
-
-
-def u32(number: int, value: int) -> bytes:
-    return attribute(number, struct.pack("=I", value))
-
-
-def u64(number: int, value: int) -> bytes:
-    return attribute(number, struct.pack("=Q", value))
-
-
-def netlink(kind: int, flags: int, sequence: int, payload: bytes) -> bytes:
-    return struct.pack("=IHHII", 16 + len(payload), kind, flags, sequence, 0) + payload
-
-
-def message(command: int, *attributes: bytes, sequence: int = 2, flags: int = 0) -> bytes:
-    header = struct.pack("=BBH", command, 1, 0)
-    return netlink(FAMILY, flags, sequence, header + b"".join(attributes))
-
-
-def ack(code: int = 0, extack: str = "", sequence: int = 2) -> bytes:
-    flags = CAPPED | (ACK_TLVS if extack else 0)
-    request = struct.pack("=IHHII", 20, FAMILY, 5, sequence, 0)
-    tlvs = text(1, extack) if extack else b""
-    return netlink(2, flags, sequence, struct.pack("=i", -code) + request + tlvs)
-
-
-def done(code: int = 0, sequence: int = 2) -> bytes:
-    return netlink(3, MULTI, sequence, struct.pack("=i", -code))
-
-
-FAMILY_REPLY = netlink(16, 0, 1, struct.pack("=BBH", 1, 2, 0) + text(2, "vdpa") + u16(1, FAMILY))
-
-
-class Kernel:
-    """The far end: answers are queued before the request; what was asked can be read after."""
-
-    def __init__(self, sysfs_root: Path) -> None:
-        self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._sysfs_root = sysfs_root
-        self._queue = [FAMILY_REPLY + ack(sequence=1)]
-
-    def answer(self, *datagrams: bytes) -> None:
-        self._queue += datagrams
-
-    def without_family(self, code: int = errno.ENOENT) -> None:
-        self._queue = [ack(code, sequence=1)]
-
-    def connect(self) -> VdpaNetlink:
-        for datagram in self._queue:
-            self.theirs.send(datagram)
-        return VdpaNetlink(self.ours, sysfs_root=self._sysfs_root)
-
-    def asked(self) -> list[bytes]:
-        self.theirs.settimeout(0)
-        requests = []
-        try:
-            while request := self.theirs.recv(65536):
-                requests.append(request)
-        except BlockingIOError:
-            pass
-        return requests
 
 
 @pytest.fixture
@@ -121,66 +37,6 @@ def kernel(tmp_path: Path) -> Iterator[Kernel]:
     yield far
     far.ours.close()
     far.theirs.close()
-
-
-def test_a_request_has_the_bytes_of_the_attribute_table() -> None:
-    request = encode_request(FAMILY, Command.DEV_GET, [("DEV_NAME", "blk0")], sequence=7)
-    body = struct.pack("=BBH", 5, 1, 0) + text(4, "blk0")
-    assert request == struct.pack("=IHHII", 16 + len(body), FAMILY, 0x5, 7, 0) + body
-
-
-def test_a_dump_request_asks_for_all() -> None:
-    request = encode_request(FAMILY, Command.MGMTDEV_GET, [], sequence=1, dump=True)
-    assert request == struct.pack("=IHHIIBBH", 20, FAMILY, 0x301, 1, 0, 2, 1, 0)
-
-
-def test_the_message_table_encodes_each_attribute_as_the_header_numbers_it() -> None:
-    values: dict[int, tuple[bytes, int | str]] = {}
-    for number, (_, kind) in enumerate(VdpaMessage.nla_map):
-        match kind:
-            case "asciiz":
-                values[number] = text(number, "x"), "x"
-            case "uint8":
-                values[number] = u8(number, 200), 200
-            case "uint16":
-                values[number] = u16(number, 60000), 60000
-            case "uint32":
-                values[number] = u32(number, 2**31 + 1), 2**31 + 1
-            case "uint64":
-                values[number] = u64(number, 2**63 + 1), 2**63 + 1
-            case "l2addr":
-                values[number] = (
-                    attribute(number, bytes.fromhex("52540011aaff")),
-                    "52:54:00:11:aa:ff",
-                )
-    assert len(values) == 36
-    names = [name.removeprefix("VDPA_ATTR_") for name, _ in VdpaMessage.nla_map]
-    pairs = [(names[number], value) for number, (_, value) in values.items()]
-    body = struct.pack("=BBH", 3, 1, 0) + b"".join(raw for raw, _ in values.values())
-    assert encode_request(FAMILY, Command.DEV_NEW, pairs, sequence=1)[16:] == body
-    assert list(decode(netlink(FAMILY, 0, 1, body), FAMILY, 1)) == [Reply(3, tuple(pairs))]
-
-
-def test_answers_to_another_request_are_skipped() -> None:
-    data = message(3, text(4, "old"), sequence=1) + message(3, text(4, "new"), sequence=2)
-    assert list(decode(data, FAMILY, 2)) == [Reply(3, (("DEV_NAME", "new"),))]
-
-
-def test_an_attribute_from_a_newer_kernel_is_left_out() -> None:
-    data = message(3, text(4, "blk0"), u32(60, 5), u32(5, 2))
-    (reply,) = decode(data, FAMILY, 2)
-    assert reply == Reply(3, (("DEV_NAME", "blk0"), ("DEV_ID", 2)))
-
-
-def test_a_truncated_datagram_ends_the_decoding() -> None:
-    assert list(decode(message(3, text(4, "blk0"))[:-2], FAMILY, 2)) == []
-
-
-def test_extack_text_is_found_behind_a_whole_echoed_request() -> None:
-    request = encode_request(FAMILY, Command.DEV_GET, [("DEV_NAME", "a")], sequence=2)
-    tlvs = u32(2, 4) + text(1, "device not found")
-    data = netlink(2, ACK_TLVS, 2, struct.pack("=i", -19) + request + tlvs)
-    assert list(decode(data, FAMILY, 2)) == [End(errno.ENODEV, "device not found")]
 
 
 def test_management_devices_are_listed_with_what_they_can_make(kernel: Kernel) -> None:
