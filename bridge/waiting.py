@@ -14,6 +14,8 @@ from .state_transfer import load_device, misfits, pack_state
 
 if TYPE_CHECKING:
     from vhostbridge.backends.device import Device
+    from vhostbridge.backends.fds import OwnedFd
+    from vhostbridge.backends.state import DeviceState
     from vhostbridge.backends.state_stream import CheckedFd
 
     from .keeping import Keeper
@@ -53,26 +55,31 @@ class Waiting:
         """Let it wait in ``device``, if that is RESET: another one than it was in, or the first.
 
         It is given up, with a line in the log, if it does not fit or not all of it is known here.
+
+        Raises:
+            BridgeError: the device does not tell whether it fits; it waits for another one.
         """
         if self.incoming is None or device.state is not State.RESET:
             return
-        state, stream, self._stream = self.incoming.state, self._stream, None
+        state = self.incoming.state
         reasons = await misfits(device, state)
-        if state.internal_owner is not None and stream is None:
+        if state.internal_owner is not None and self._stream is None:
             reasons.append(f"what {state.internal_owner} had of it is lost")
-        try:
-            if not reasons and stream is not None:
-                await load_device(device, state, stream, lambda count: None)
-            elif not reasons:
-                device.load(state)
-        except BridgeError as error:
-            reasons.append(str(error))
-        finally:
-            if stream is not None:
-                stream.close()
+        if not reasons:
+            try:
+                await self._load(device, state)
+            except BridgeError as error:
+                reasons.append(str(error))
+        self._close_stream()
         if reasons:
             self.incoming = None
             _log.warning("%s: the waiting state is given up: %s", self._name, "; ".join(reasons))
+
+    async def _load(self, device: Device, state: DeviceState) -> None:
+        if self._stream is None:
+            device.load(state)
+        else:
+            await load_device(device, state, self._stream, lambda count: None)
 
     async def leave(self, device: Device | None) -> None:
         """Let the next process have it; ``device`` is the one that it waits in, if that is there.
@@ -84,9 +91,7 @@ class Waiting:
         assert self._keeper is not None
         state, origin = self.incoming.state, self.incoming.origin
         try:
-            if device is None and state.internal_owner is not None:
-                raise StateError(f"what {state.internal_owner} had of it is lost")
-            with await pack_state(device, state) as stream:
+            with await self._pack(device, state) as stream:
                 if not self._keeper.keep_state(self._name, origin.name, stream):
                     raise TargetError("the service manager does not keep it")
         except BridgeError as error:
@@ -95,9 +100,21 @@ class Waiting:
             _log.info("%s: the waiting state is handed over", self._name)
             self.incoming = None
 
-    def close(self) -> None:
-        """The bridge ends; what still waits is lost."""
+    # As it came, if no device has taken it.
+    async def _pack(self, device: Device | None, state: DeviceState) -> OwnedFd:
+        if self._stream is not None:
+            return self._stream.dup()
+        if device is None and state.internal_owner is not None:
+            raise StateError(f"what {state.internal_owner} had of it is lost")
+        return await pack_state(device, state)
+
+    def _close_stream(self) -> None:
         if self._stream is not None:
             self._stream.close()
+            self._stream = None
+
+    def close(self) -> None:
+        """The bridge ends; what still waits is lost."""
+        self._close_stream()
         if self.incoming is not None:
             _log.warning("%s: the waiting state is given up: the bridge ends", self._name)

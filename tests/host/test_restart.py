@@ -205,10 +205,12 @@ def test_front_end_goes_on_where_its_device_was_kept_before_a_restart(
 def test_internal_state_that_waits_goes_along(
     manager: Manager, arguments: list[str | Path], tmp_path: Path
 ) -> None:
+    """Also while the back-end is not there."""
     size = 3 << 20
     state, socket_path = tmp_path / "saved", tmp_path / "stateful.sock"
     arguments[3] = f"vhost-user:{socket_path}"
-    with Process([sys.executable, stateful.__file__, socket_path, str(size)], name="s") as server:
+    back_end: list[str | Path] = [sys.executable, stateful.__file__, socket_path, str(size)]
+    with Process(back_end, name="s") as server:
         server.wait_for_output("ready")
         daemon = manager.start(*arguments)
         with Frontend(str(tmp_path / "vm.sock")) as front_end:
@@ -228,6 +230,12 @@ def test_internal_state_that_waits_goes_along(
         daemon = manager.start(*arguments)
         server.wait_for_output(f"loaded {size}\n", start=told)
         assert status(tmp_path).incoming
+        stop(daemon)
+    assert "the waiting state is handed over" in stop(manager.start(*arguments))
+    socket_path.unlink()
+    with Process(back_end, name="s") as server:
+        daemon = manager.start(*arguments)
+        server.wait_for_output(f"loaded {size}\n")
         stop(daemon)
 
 

@@ -10,7 +10,7 @@ from tests.unit.fakes import OWN, OnVdpa, Stateful, device_info, memfd
 from tests.unit.states import BLOCK, VERSION_1
 from tests.unit.store import Store
 from vhostbridge.backends.device import Device
-from vhostbridge.backends.errors import StateError
+from vhostbridge.backends.errors import StateError, TransportLost
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state import DeviceState
 from vhostbridge.bridge.incoming import Incoming, Origin
@@ -119,6 +119,35 @@ async def test_internal_state_that_went_with_its_device_is_not_left(
     await waiting.leave(None)
     assert not store.kept and waiting.incoming is not None
     assert "can't be handed over: what fake had of it is lost" in caplog.text
+
+
+async def test_internal_state_that_no_device_has_taken_yet_goes_on_to_the_next_process() -> None:
+    """The back-end was away for all of a process's life."""
+    store = Store()
+    await waiting_in(device := Stateful(), OWNED, store, Origin.KEPT).leave(device)
+    between = begins(store)
+    await between.find()
+    await between.leave(None)
+    between.close()
+    after, other = begins(store), Stateful()
+    other.own = b""
+    await after.find()
+    assert after.incoming is not None and after.incoming.origin is Origin.KEPT
+    await after.load(other)
+    assert (other.state, other.own) == (State.SUSPENDED, OWN)
+
+
+async def test_device_that_goes_as_it_is_looked_at_has_taken_nothing() -> None:
+    store = Store()
+    await waiting_in(device := Stateful(), OWNED, store, Origin.LOADED).leave(device)
+    after, gone, other = begins(store), Stateful(), Stateful()
+    await after.find()
+    gone.refuse["read_config"] = TransportLost("it went away")
+    with pytest.raises(TransportLost):
+        await after.load(gone)
+    other.own = b""
+    await after.load(other)
+    assert (other.state, other.own) == (State.SUSPENDED, OWN)
 
 
 async def test_state_that_does_not_fit_the_next_device_is_given_up(
