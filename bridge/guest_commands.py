@@ -17,7 +17,7 @@ class GuestCommands:
         """``vring`` has a base; ``memory`` stays mapped as long as this is used.
 
         Raises:
-            Unsupported: it does not lie in guest memory.
+            Unsupported: it does not lie in guest memory, or its base in it.
         """
         table = memory.table()
         setup = ffi.new(
@@ -34,7 +34,10 @@ class GuestCommands:
         self._index = vring.index
         self._handle = lib.vb_requests_new(setup, table, len(table))
         if self._handle == ffi.NULL:
-            raise Unsupported(f"control vring {vring.index} is not in guest memory")
+            raise Unsupported(
+                f"control vring {vring.index} is not in guest memory, or its base "
+                f"{vring.base or 0:#x} is not in it"
+            )
         self._bytes = ffi.new(f"uint8_t[{COMMAND_MAX + 1}]")
         self._room = ffi.new("uint32_t *")
 

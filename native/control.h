@@ -29,7 +29,7 @@ int64_t vb_commands_done(struct vb_commands *commands);
 struct vb_requests;
 
 /* The device's side of a guest's control vring; of the setup features, areas, size and base count.
- * NULL: no memory, or a vring that does not lie in the regions. */
+ * NULL: no memory, a vring that does not lie in the regions, or a base outside it. */
 struct vb_requests *vb_requests_new(const struct vb_shadow_setup *setup,
 				    const struct vb_region *regions, size_t count);
 void vb_requests_free(struct vb_requests *requests);

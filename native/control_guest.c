@@ -7,8 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MIN_CHAIN = 1024 }; /* Linux makes indirect tables longer than the ring */
-
 struct vb_requests {
 	struct guest_memory memory;
 	struct guest_ring ring;
@@ -61,12 +59,11 @@ struct vb_requests *vb_requests_new(const struct vb_shadow_setup *setup,
 	if (!requests)
 		return NULL;
 	guest_ring_init(&requests->ring, setup);
-	requests->request.room = setup->size > MIN_CHAIN ? setup->size : MIN_CHAIN;
-	requests->request.buffers = calloc(requests->request.room, sizeof(struct buffer));
 	requests->memory.regions = copy_regions(regions, count);
 	requests->memory.count = count;
-	if (!requests->request.buffers || !requests->memory.regions ||
-	    !guest_ring_map(&requests->ring, &requests->memory)) {
+	if (!request_init(&requests->request, setup->size) || !requests->memory.regions ||
+	    !guest_ring_map(&requests->ring, &requests->memory) ||
+	    !guest_ring_has(&requests->ring, setup->base)) {
 		vb_requests_free(requests);
 		return NULL;
 	}
@@ -79,7 +76,7 @@ void vb_requests_free(struct vb_requests *requests)
 {
 	if (!requests)
 		return;
-	free(requests->request.buffers);
+	request_free(&requests->request);
 	free(requests->memory.regions);
 	free(requests);
 }

@@ -1,7 +1,24 @@
 /* The device's side of a guest's vring (virtio 1.4, sections 2.7 and 2.8). */
 #include "guest_ring.h"
 
+#include <stdlib.h>
 #include <string.h>
+
+enum { MIN_CHAIN = 1024 }; /* Linux makes indirect tables longer than the ring */
+
+bool request_init(struct request *request, uint32_t size)
+{
+	request->room = size > MIN_CHAIN ? size : MIN_CHAIN;
+	request->buffers = calloc(request->room, sizeof(*request->buffers));
+	request->chain = calloc(size, sizeof(*request->chain));
+	return request->buffers && request->chain;
+}
+
+void request_free(struct request *request)
+{
+	free(request->buffers);
+	free(request->chain);
+}
 
 void guest_ring_init(struct guest_ring *ring, const struct vb_shadow_setup *setup)
 {

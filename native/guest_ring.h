@@ -44,6 +44,10 @@ struct request {
 	struct descriptor *chain; /* packed: slots descriptors, as they stood in the ring */
 };
 
+/* Room for any request of a ring. False: no memory. */
+bool request_init(struct request *request, uint32_t size);
+void request_free(struct request *request);
+
 /* Packed: whether a descriptor with these flags is available in the round of the wrap counter. */
 static inline bool guest_ring_available(uint16_t flags, bool wrap)
 {

@@ -6,8 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MIN_CHAIN = 1024 }; /* Linux makes indirect tables longer than the ring */
-
 void vb_log_mark(uint8_t *log, uint64_t bytes, uint64_t guest_address, uint64_t size)
 {
 	uint64_t page = guest_address >> 12, last;
@@ -187,19 +185,15 @@ static struct vb_region *copy_regions(const struct vb_region *regions, size_t co
 static bool init(struct vb_shadow *shadow, const struct vb_region *regions, size_t count)
 {
 	const struct vb_shadow_setup *setup = &shadow->setup;
-	uint32_t room = setup->size > MIN_CHAIN ? setup->size : MIN_CHAIN;
 
 	guest_ring_init(&shadow->guest, setup);
 	shadow->in_order = setup->features & FEATURE_IN_ORDER;
-	shadow->request.room = room;
-	shadow->request.buffers = calloc(room, sizeof(struct buffer));
-	shadow->request.chain = calloc(setup->size, sizeof(struct descriptor));
 	shadow->memory.regions = copy_regions(regions, count);
 	shadow->memory.count = count;
 	if (!inflight_init(&shadow->record, (void *)(uintptr_t)setup->inflight, setup->inflight_size,
 			   shadow->guest.packed))
 		return false;
-	if (!shadow->request.buffers || !shadow->request.chain || !shadow->memory.regions ||
+	if (!request_init(&shadow->request, setup->size) || !shadow->memory.regions ||
 	    !guest_ring_map(&shadow->guest, &shadow->memory) ||
 	    !guest_ring_has(&shadow->guest, setup->base))
 		return false;
@@ -243,8 +237,7 @@ void vb_shadow_free(struct vb_shadow *shadow)
 	thread_free(shadow);
 	device_ring_free(&shadow->device);
 	inflight_free(&shadow->record);
-	free(shadow->request.buffers);
-	free(shadow->request.chain);
+	request_free(&shadow->request);
 	free(shadow->memory.regions);
 	pthread_mutex_destroy(&shadow->lock);
 	free(shadow);

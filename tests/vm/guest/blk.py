@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .memory import Memory
-from .vring import Buffer, SplitRing
+from .vring import Buffer, DriverRing
 
 IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
 SECTOR = 512
@@ -34,7 +34,7 @@ class BlockDriver:
     """Requests on one vring; buffers of `span` bytes each lie in `buffers`."""
 
     def __init__(
-        self, ring: SplitRing, buffers: Memory | None = None, *, span: int = BLOCK
+        self, ring: DriverRing, buffers: Memory | None = None, *, span: int = BLOCK
     ) -> None:
         self.ring = ring
         self._memory = buffers if buffers is not None else ring.memory
@@ -56,7 +56,7 @@ class BlockDriver:
         return len(self._slots)
 
     def submit(self, request: Request, *, kick: bool = True) -> int:
-        """Offer one request and return its head; there must be a slot."""
+        """Offer one request and return its name; there must be a slot."""
         at = self._slots.pop()
         memory = self._memory
         memory.map[at : at + 16] = struct.pack("<IIQ", request.kind, 0, request.sector)

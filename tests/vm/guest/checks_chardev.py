@@ -16,7 +16,7 @@ from .blk import OUT, BlockDriver, Request, content
 from .devices import block_device, net_device, wait_until
 from .memory import PAGE, Memory
 from .net import OURS
-from .vring import SplitRing
+from .vring import DriverRing, SplitRing
 
 SIMULATOR = 0x17E  # backend features of both
 BLK, NET = 0x308007646, 0x308830028
@@ -57,7 +57,7 @@ def refused(code: int, function: Callable[..., object], *arguments: object) -> s
     return str(told)
 
 
-def program(device: Chardev, ring: SplitRing, *, base: int = 0) -> None:
+def program(device: Chardev, ring: DriverRing, *, base: int = 0) -> None:
     """Bring a device with one vring to FEATURES_OK, its vring set up and enabled."""
     guest = ring.memory.guest
     device.set_status(3)

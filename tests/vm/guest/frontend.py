@@ -14,6 +14,7 @@ from .memory import Memory
 from .vring import Ring
 
 VERSION_1 = 1 << 32
+RING_PACKED = 1 << 34
 PROTOCOL_FEATURES = 1 << 30
 
 LOG_ALL = 1 << 26

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 
 from .blk import IN, OUT, SECTOR, BlockDriver, Request, content
-from .frontend import ALL, INFLIGHT_SHMFD, VERSION_1, Frontend, InflightBuffer
+from .frontend import ALL, INFLIGHT_SHMFD, RING_PACKED, VERSION_1, Frontend, InflightBuffer
 from .memory import Memory
+from .packed import PackedRing
 from .vring import SplitRing
 
 
@@ -15,11 +16,13 @@ class Keeper:
     content of its own, and has to come back once: its vring sees to that.
     """
 
-    def __init__(self, sectors: int, *, depth: int = 24, features: int = VERSION_1) -> None:
-        self.driver = BlockDriver(SplitRing(Memory(2 << 20), 128), span=SECTOR)
+    def __init__(self, sectors: int, *, depth: int = 24, packed: bool = False) -> None:
+        memory = Memory(2 << 20)
+        ring = PackedRing(memory, 100) if packed else SplitRing(memory, 128)
+        self.driver = BlockDriver(ring, span=SECTOR)
         self.sectors = sectors
         self.depth = depth
-        self.features = features
+        self.features = VERSION_1 | (RING_PACKED if packed else 0)
         self.buffer: InflightBuffer | None = None
         self.frontend: Frontend | None = None
         #: Requests that were sent, and those that came back.
@@ -30,7 +33,7 @@ class Keeper:
         self._flying: dict[int, int] = {}
 
     def connect(self, path: str) -> None:
-        """Go on, as QEMU does after the loss of its back-end: from the used index."""
+        """Go on, as QEMU does after the loss of its back-end."""
         frontend = self.frontend = Frontend(path)
         ring = self.driver.ring
         frontend.negotiate(self.features, ALL | INFLIGHT_SHMFD)
@@ -38,7 +41,7 @@ class Keeper:
         if self.buffer is None:
             self.buffer = frontend.get_inflight(1, ring.size)
         frontend.set_inflight(self.buffer)
-        frontend.start([ring], [ring.used_index])
+        frontend.start([ring], [ring.restart])
 
     def work(self, seconds: float) -> None:
         """Write for a while, up to the depth at any time."""

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from .memory import Memory
-from .vring import SplitRing
+from .vring import DriverRing
 
 SET_OWNER = 0xAF01
 SET_FEATURES = 0x4008AF00
@@ -65,7 +65,7 @@ class RawDevice:
     def status(self, value: int) -> None:
         self.ioctl(SET_STATUS, "B", value)
 
-    def start(self, ring: SplitRing, *, base: int = 0, features: int = 0) -> None:
+    def start(self, ring: DriverRing, *, base: int = 0, features: int = 0) -> None:
         """Bring a device with one vring to DRIVER_OK."""
         guest = ring.memory.guest
         self.status(1 | 2)

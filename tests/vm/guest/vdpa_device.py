@@ -22,7 +22,7 @@ from vhostbridge.backends.vdpa.opening import open_vdpa
 from .blk import BlockDriver
 from .devices import block_device
 from .memory import Memory
-from .vring import SplitRing
+from .vring import DriverRing, SplitRing
 
 VERSION_1 = 1 << 32
 Body = Callable[[VdpaDevice], Awaitable[None]]
@@ -107,7 +107,7 @@ def regions(*memories: Memory) -> Iterator[list[MemoryRegion]]:
     yield made
 
 
-def setup(ring: SplitRing, index: int = 0, *, base: int | None = 0) -> VringSetup:
+def setup(ring: DriverRing, index: int = 0, *, base: int | None = 0) -> VringSetup:
     """The ring as the product wants it."""
     guest = ring.memory.guest
     return VringSetup(
@@ -124,7 +124,7 @@ def setup(ring: SplitRing, index: int = 0, *, base: int | None = 0) -> VringSetu
     )
 
 
-async def run(device: VdpaDevice, rings: Sequence[SplitRing], *, base: int | None = 0) -> None:
+async def run(device: VdpaDevice, rings: Sequence[DriverRing], *, base: int | None = 0) -> None:
     await device.run(VERSION_1, [setup(ring, at, base=base) for at, ring in enumerate(rings)])
 
 

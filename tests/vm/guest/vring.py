@@ -1,9 +1,10 @@
-"""The driver's side of a split vring (virtio 1.3, section 2.7), for tests."""
+"""The driver's side of a vring, and of a split one (virtio 1.3, section 2.7), for tests."""
 
 from __future__ import annotations
 
 import os
 import select
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,27 +36,18 @@ class Buffer:
     writable: bool = False
 
 
-class SplitRing:
-    """A split vring in `memory`, with its eventfds. Addresses are offsets in that memory.
+class DriverRing(ABC):
+    """A vring in `memory`, with its eventfds: areas are offsets in that memory."""
 
-    The used ring begins at a multiple of `used_align`.
-    """
+    descriptors: int
+    avail: int
+    used: int
 
-    def __init__(
-        self, memory: Memory, size: int = 256, *, start: int = 0, used_align: int = 4
-    ) -> None:
+    def __init__(self, memory: Memory, size: int) -> None:
         self.memory = memory
         self.size = size
-        self.descriptors = memory.take(16 * size, 16)
-        self.avail = memory.take(6 + 2 * size, 2)
-        self.used = memory.take(6 + 8 * size, used_align)
         self.kick_fd = self.call_fd = -1
         self.new_eventfds()
-        self._free = list(range(size))
-        self._chains: dict[int, list[int]] = {}
-        self._avail_index = self._used_seen = start
-        memory.u16[self.avail // 2 + 1] = start
-        memory.u16[self.used // 2 + 1] = start
 
     def new_eventfds(self) -> None:
         """Other eventfds, as a front-end that restarts a ring may use."""
@@ -70,22 +62,92 @@ class SplitRing:
         self.kick_fd = self.call_fd = -1
 
     @property
+    @abstractmethod
     def room(self) -> int:
         """How many descriptors are free."""
+
+    @property
+    @abstractmethod
+    def avail_index(self) -> int:
+        """How many chains were ever offered, modulo 65536."""
+
+    @property
+    @abstractmethod
+    def used_index(self) -> int:
+        """How many of them were given back, as it is in memory."""
+
+    @property
+    @abstractmethod
+    def restart(self) -> int:
+        """The base that a front-end tells which has lost its back-end."""
+
+    @abstractmethod
+    def add(self, chain: Sequence[Buffer], *, kick: bool = True) -> int:
+        """Offer a chain to the device and return its name: its head, or its id."""
+
+    def kick(self) -> None:
+        os.eventfd_write(self.kick_fd, 1)
+
+    @abstractmethod
+    def take_used(self) -> list[tuple[int, int]]:
+        """What the device has finished since the last call: names and written lengths."""
+
+    @abstractmethod
+    def _where(self) -> str:
+        """Positions, for who wonders."""
+
+    def wait_used(self, timeout: float = 10.0) -> list[tuple[int, int]]:
+        """What was finished; sleeps until the device's interrupt. A lost one is a failure."""
+        poll = select.poll()
+        poll.register(self.call_fd, select.POLLIN)
+        while True:
+            if done := self.take_used():
+                return done
+            if not poll.poll(timeout * 1000):
+                late = self.take_used()
+                raise TimeoutError(
+                    f"no interrupt in {timeout:g} s; {self._where()}"
+                    + f", {len(late)} used entries unannounced" * bool(late)
+                )
+            os.eventfd_read(self.call_fd)
+
+
+class SplitRing(DriverRing):
+    """A split vring in `memory`, with its eventfds. Addresses are offsets in that memory.
+
+    The used ring begins at a multiple of `used_align`.
+    """
+
+    def __init__(
+        self, memory: Memory, size: int = 256, *, start: int = 0, used_align: int = 4
+    ) -> None:
+        super().__init__(memory, size)
+        self.descriptors = memory.take(16 * size, 16)
+        self.avail = memory.take(6 + 2 * size, 2)
+        self.used = memory.take(6 + 8 * size, used_align)
+        self._free = list(range(size))
+        self._chains: dict[int, list[int]] = {}
+        self._avail_index = self._used_seen = start
+        memory.u16[self.avail // 2 + 1] = start
+        memory.u16[self.used // 2 + 1] = start
+
+    @property
+    def room(self) -> int:
         return len(self._free)
 
     @property
+    def avail_index(self) -> int:
+        return self._avail_index
+
+    @property
     def used_index(self) -> int:
-        """The device's index, as it is in memory."""
         return self.memory.u16[self.used // 2 + 1]
 
     @property
-    def avail_index(self) -> int:
-        """Ours: how much was ever offered, modulo 65536."""
-        return self._avail_index
+    def restart(self) -> int:
+        return self.used_index
 
     def add(self, chain: Sequence[Buffer], *, kick: bool = True) -> int:
-        """Offer a chain to the device and return its head."""
         heads = [self._free.pop() for _ in chain]
         for here, buffer in enumerate(chain):
             at = self.descriptors + 16 * heads[here]
@@ -104,11 +166,7 @@ class SplitRing:
             self.kick()
         return heads[0]
 
-    def kick(self) -> None:
-        os.eventfd_write(self.kick_fd, 1)
-
     def take_used(self) -> list[tuple[int, int]]:
-        """What the device has finished since the last call: head and written length."""
         done = []
         while self._used_seen != self.used_index:
             at = self.used // 4 + 1 + 2 * (self._used_seen % self.size)
@@ -120,17 +178,5 @@ class SplitRing:
             done.append((head, length))
         return done
 
-    def wait_used(self, timeout: float = 10.0) -> list[tuple[int, int]]:
-        """What was finished; sleeps until the device's interrupt. A lost one is a failure."""
-        poll = select.poll()
-        poll.register(self.call_fd, select.POLLIN)
-        while True:
-            if done := self.take_used():
-                return done
-            if not poll.poll(timeout * 1000):
-                late = self.take_used()
-                raise TimeoutError(
-                    f"no interrupt in {timeout:g} s; avail {self._avail_index}, used "
-                    f"{self.used_index}" + (f", {len(late)} used entries unannounced" * bool(late))
-                )
-            os.eventfd_read(self.call_fd)
+    def _where(self) -> str:
+        return f"avail {self._avail_index}, used {self.used_index}"
