@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vhostbridge.backends.errors import BridgeError, StateError
+from vhostbridge.backends.errors import BridgeError, PeerError, StateError
 from vhostbridge.backends.fds import new_eventfd
 
 from .recovery import last_state, moved_on
@@ -53,6 +54,10 @@ class Absence:
         """Find out, once, where a device was that failed; of one that is ``held`` it is known."""
         if self._device is not device:
             self._device = device
+            if isinstance(device, ShadowDevice):
+                # Its guest may be elsewhere before there is another one.
+                with suppress(PeerError):
+                    device.mark_written()
             if self.copy is not None:
                 self.state = self.copy.state
             elif not held:

@@ -203,10 +203,14 @@ class ShadowDevice(WrappedDevice):
             await self._inner.suspend()
         await self._mark_if_stopped()
 
-    # Where nothing tells what the device wrote, it may have been anything.
     async def _mark_if_stopped(self) -> None:
+        if self._mark_all:
+            await trio.to_thread.run_sync(self.mark_written)
+
+    def mark_written(self) -> None:
+        """Log what a device may have written, that stands still or FAILED, where nothing tells."""
         if self._mark_all and (log := self._passage.log) is not None:
-            await trio.to_thread.run_sync(log.mark_all, self._passage.memory)
+            log.mark_all(self._passage.memory)
 
     @whole
     @journaled

@@ -11,7 +11,7 @@ import pytest
 from trio.testing import MockClock
 
 from tests.unit.fakes import LOG_ALL, FakeDevice, address, memfd, u64
-from tests.unit.frontend import FEATURES, OFFER, PF, USER, FrontEnd, connected, ring
+from tests.unit.frontend import FEATURES, MEMORY, OFFER, PF, USER, FrontEnd, connected, ring
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import TransportLost, Unsupported
 from vhostbridge.backends.guest import MemoryRegion, VringSetup
@@ -127,6 +127,31 @@ async def test_device_that_dies_as_its_requests_begin_to_pass_through_shadow_vri
             assert vm.device.bases == {0: 7}
             assert vm.device.logging == (SIZE, {0: USED_AT})
             assert vm.device.state is State.RUNNING
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_what_a_lost_device_wrote_is_logged_where_all_memory_counts_as_written(
+    autojump_clock: MockClock, known: bool
+) -> None:
+    """The guest may stop, and its memory be sent, before there is another one. If nobody knows
+    where it was, the front-end is cut off, and looks at the log all the same."""
+    inner = FakeDevice()
+    async with with_shadow(inner, Tracking.ALL) as lost, connected(cast(FakeDevice, lost)) as vm:
+        lost.take_calls = inner.take_calls  # type: ignore[attr-defined]
+        await vm.start(0)
+        log = vm.memfd(SIZE)
+        assert await vm.ask(R.SET_LOG_BASE, place(), log) == u64(0)
+        await vm.ack(R.SET_FEATURES, u64(FEATURES | LOG_ALL))
+        assert os.pread(log.fileno(), SIZE, 0) == bytes(SIZE)
+        if not known:
+            os.pwrite(vm.memory.fileno(), struct.pack("<H", 9), 0x11002)
+        lost.fail("its process died")
+        if known:
+            assert await vm.base(0) == 0
+        else:
+            await vm.lost()
+        pages = MEMORY // 4096
+        assert os.pread(log.fileno(), pages // 8, 0) == b"\xff" * (pages // 8)
 
 
 async def test_front_end_that_leaves_ends_the_log(autojump_clock: MockClock) -> None:
