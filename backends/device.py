@@ -339,8 +339,8 @@ class Device(ABC):
         nothing."""
         return {}
 
-    async def make_inflight(self, queues: int, queue_size: int, *, packed: bool) -> InflightBuffer:
-        """A new buffer for ``use_inflight``; the caller's.
+    async def make_inflight(self, queues: int, queue_size: int, features: int) -> InflightBuffer:
+        """A new buffer for ``use_inflight`` of vrings with these features; the caller's.
 
         Raises:
             Unsupported: the device does not know its requests in flight.

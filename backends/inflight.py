@@ -13,6 +13,7 @@ from .errors import KernelRefused, PeerError, Unsupported
 from .fds import OwnedFd
 from .foreign_fds import Kind, kind_of
 from .mapping import PAGE
+from .virtio import TransportFeature
 
 if TYPE_CHECKING:
     from .state import DeviceState
@@ -67,9 +68,10 @@ class InflightBuffer(Closing):
         return InflightBuffer(self.fd.dup(), self.offset, self.size, self.queues, self.queue_size)
 
     @classmethod
-    def make(cls, queues: int, queue_size: int, *, packed: bool) -> InflightBuffer:
-        """A new one, with nothing in flight, which nobody can make shorter."""
-        size = lib.vb_inflight_size(max(queue_size, ROOM), packed) * queues
+    def make(cls, queues: int, queue_size: int, features: int) -> InflightBuffer:
+        """A new one for vrings with these features, which nobody can make shorter."""
+        packed = features & TransportFeature.RING_PACKED.mask
+        size = lib.vb_inflight_size(max(queue_size, ROOM), bool(packed)) * queues
         fd = OwnedFd(os.memfd_create("in-flight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         os.ftruncate(fd.fileno(), size)
         fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, _SEALS)

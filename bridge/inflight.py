@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.vhostuser.messages import Inflight, Payload
+from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES
 
 if TYPE_CHECKING:
     from vhostbridge.backends.vhostuser.codec import Message
@@ -33,9 +34,8 @@ def _wanted(session: Session, message: Message) -> Inflight:
 
 async def get_inflight_fd(session: Session, message: Message) -> Payload:
     wanted = _wanted(session, message)
-    buffer = await session.device.make_inflight(
-        wanted.queues, wanted.queue_size, packed=session.packed
-    )
+    features = session.features & ~VHOST_ONLY_FEATURES
+    buffer = await session.device.make_inflight(wanted.queues, wanted.queue_size, features)
     session.reply_fds.append(buffer.fd)
     return Inflight(buffer.size, buffer.offset, wanted.queues, wanted.queue_size)
 

@@ -376,10 +376,10 @@ class ShadowDevice(WrappedDevice):
 
     # Requests in flight
 
-    async def make_inflight(self, queues: int, queue_size: int, *, packed: bool) -> InflightBuffer:
+    async def make_inflight(self, queues: int, queue_size: int, features: int) -> InflightBuffer:
         if self._always:
-            return InflightBuffer.make(queues, queue_size, packed=packed)
-        return await self._inner.make_inflight(queues, queue_size, packed=packed)
+            return InflightBuffer.make(queues, queue_size, features)
+        return await self._inner.make_inflight(queues, queue_size, features)
 
     def use_inflight(self, buffer: InflightBuffer | None, *, leave: bool = False) -> None:
         if not self._always:

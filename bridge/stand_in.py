@@ -190,10 +190,10 @@ class StandIn(Device):
         if vring := self._vrings.get(index):
             self._vrings[index] = replace(vring, enabled=enabled)
 
-    async def make_inflight(self, queues: int, queue_size: int, *, packed: bool) -> InflightBuffer:
+    async def make_inflight(self, queues: int, queue_size: int, features: int) -> InflightBuffer:
         if self.capabilities.inflight.how is not How.EMULATED:
-            return await super().make_inflight(queues, queue_size, packed=packed)
-        return InflightBuffer.make(queues, queue_size, packed=packed)
+            return await super().make_inflight(queues, queue_size, features)
+        return InflightBuffer.make(queues, queue_size, features)
 
     def use_inflight(self, buffer: InflightBuffer | None, *, leave: bool = False) -> None:
         if not self.capabilities.inflight:

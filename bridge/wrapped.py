@@ -133,8 +133,8 @@ class WrappedDevice(Device):
     async def write_config(self, offset: int, data: bytes, flags: int) -> None:
         await self._inner.write_config(offset, data, flags)
 
-    async def make_inflight(self, queues: int, queue_size: int, *, packed: bool) -> InflightBuffer:
-        return await self._inner.make_inflight(queues, queue_size, packed=packed)
+    async def make_inflight(self, queues: int, queue_size: int, features: int) -> InflightBuffer:
+        return await self._inner.make_inflight(queues, queue_size, features)
 
     def use_inflight(self, buffer: InflightBuffer | None, *, leave: bool = False) -> None:
         self._inner.use_inflight(buffer, leave=leave)

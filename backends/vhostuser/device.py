@@ -193,10 +193,13 @@ class VhostUserDevice(Device):
         )
 
     async def _set_features(self, features: int) -> None:
+        await self._say_features(features)
+        self.features = features
+
+    async def _say_features(self, features: int) -> None:
         word = features | (_PF_BIT if self._has_protocol else 0)
         word |= _LOG_BIT if self._logging else 0
         await self._client.request(Request.SET_FEATURES, U64(word))
-        self.features = features
 
     def _goes_on(self, vring: VringSetup) -> bool:
         running = self._rings.get(vring.index)
@@ -324,9 +327,12 @@ class VhostUserDevice(Device):
 
     # Requests in flight
 
-    async def make_inflight(self, queues: int, queue_size: int, *, packed: bool) -> InflightBuffer:
+    async def make_inflight(self, queues: int, queue_size: int, features: int) -> InflightBuffer:
         if not self._inflight.offered:
-            return await super().make_inflight(queues, queue_size, packed=packed)
+            return await super().make_inflight(queues, queue_size, features)
+        # How large it is depends on the kind of rings.
+        if not self._rings:
+            await self._say_features(features)
         return await self._inflight.make(queues, queue_size)
 
     def use_inflight(self, buffer: InflightBuffer | None, *, leave: bool = False) -> None:

@@ -18,7 +18,9 @@ from tests.peers.bridge import Bridge
 from tests.peers.guest import Guest, vhost_user_blk
 from tests.peers.process import eventually, peer
 from tests.peers.storage import StorageDaemon, make_image
+from tests.peers.testpmd import Echo
 from tests.vm.guest.keeper import Keeper
+from tests.vm.guest.keeper_net import PacketKeeper
 
 ROUNDS = 200 if os.environ.get("VHOST_BRIDGE_SOAK") else 20
 SECTOR = 512
@@ -46,7 +48,7 @@ def test_daemon_killed_at_any_moment_loses_no_write_and_repeats_none_that_was_do
     """Each write has a sector of its own, so the disk's log says how often it was done."""
 
     def start(stack: ExitStack) -> list[Bridge]:
-        return [stack.enter_context(shadowed(counted[0], tmp_path))]
+        return [stack.enter_context(shadowed(counted[0].socket, tmp_path))]
 
     kill_and_go_on(start, counted[1], ROUNDS)
 
@@ -58,7 +60,7 @@ def test_buffer_of_a_back_end_that_has_one_is_the_front_ends(
     """The back-end is another bridge, which knows what is in flight; both are killed at once."""
 
     def start(stack: ExitStack) -> list[Bridge]:
-        inner = stack.enter_context(shadowed(counted[0], tmp_path))
+        inner = stack.enter_context(shadowed(counted[0].socket, tmp_path))
         outer = Bridge(f"vhost-user:{inner.listen}", name="outer", listen=tmp_path / "outer.sock")
         return [stack.enter_context(outer), inner]
 
@@ -90,19 +92,69 @@ def kill_and_go_on(start: Callable[[ExitStack], list[Bridge]], log: Path, rounds
     print(f"{keeper.sent} writes, {len(doubts)} in flight at a kill, {len(repeated)} done again")
 
 
+@pytest.mark.soak
+def test_packed_vrings_of_a_killed_daemon_lose_and_repeat_no_buffer(tmp_path: Path) -> None:
+    """One of the two has always requests in flight. Frames that were on their way may be lost, or
+    come twice; buffers not."""
+    socket = tmp_path / "vhost.sock"
+
+    def start(stack: ExitStack) -> list[Bridge]:
+        return [stack.enter_context(shadowed(socket, tmp_path))]
+
+    with Echo(f"net_vhost0,iface={socket}", processor=1):
+        kill_among_packets(start, PacketKeeper(100), ROUNDS)
+
+
+@pytest.mark.soak
+def test_back_end_makes_a_buffer_for_packed_vrings_of_any_size(tmp_path: Path) -> None:
+    """It has to be told first that they are packed; it is another bridge, and both are killed."""
+    socket = tmp_path / "vhost.sock"
+
+    def start(stack: ExitStack) -> list[Bridge]:
+        inner = stack.enter_context(shadowed(socket, tmp_path))
+        outer = Bridge(f"vhost-user:{inner.listen}", name="outer", listen=tmp_path / "outer.sock")
+        return [stack.enter_context(outer), inner]
+
+    with Echo(f"net_vhost0,iface={socket}", processor=1):
+        kill_among_packets(start, PacketKeeper(1000), ROUNDS // 4)
+
+
+def kill_among_packets(
+    start: Callable[[ExitStack], list[Bridge]], keeper: PacketKeeper, rounds: int
+) -> None:
+    """Bridges, the front-end's first, are killed again and again while frames come and go."""
+    chance = random.Random(20261127)
+    for _ in range(rounds):
+        with ExitStack() as stack:
+            bridges = start(stack)
+            keeper.connect(str(bridges[0].listen))
+            keeper.work(chance.uniform(0, 0.06))
+            for bridge in reversed(bridges):
+                bridge.kill()
+            keeper.lose()
+    with ExitStack() as stack:
+        keeper.connect(str(start(stack)[0].listen))
+        keeper.finish()
+        keeper.close()
+    doubts = Counter(number for flying in keeper.in_doubt for number in flying)
+    assert all(times <= 1 + doubts[number] for number, times in keeper.received.items())
+    assert sum(map(bool, keeper.in_doubt)) > rounds / 4
+    assert len(keeper.received) > keeper.sent / 2
+
+
 def test_guest_whose_daemon_is_killed_sees_a_pause_only(
     disk: StorageDaemon, tmp_path: Path
 ) -> None:
     """QEMU keeps what is in flight, and connects again. The guest verifies what it writes; then it
     is stopped and continued, and reset."""
     with ExitStack() as stack:
-        bridge = stack.enter_context(shadowed(disk, tmp_path))
+        bridge = stack.enter_context(shadowed(disk.socket, tmp_path))
         guest = stack.enter_context(Guest(vhost_user_blk(bridge.listen, queues=2, reconnect=True)))
         guest.begin("for i in $(seq 24); do rw /dev/vda 1 $((i % 8 + 8)) || exit 1; done")
         for _ in range(3):
             wait_for_writes(disk.image)
             bridge.kill()
-            bridge = stack.enter_context(shadowed(disk, tmp_path))
+            bridge = stack.enter_context(shadowed(disk.socket, tmp_path))
             bridge.wait_for_output("running vrings")
         guest.qmp.execute("stop")
         time.sleep(0.1)
@@ -114,9 +166,9 @@ def test_guest_whose_daemon_is_killed_sees_a_pause_only(
         assert guest.read_write(2, 0) == digest_of(disk.image, 2, 0)
 
 
-def shadowed(disk: StorageDaemon, folder: Path) -> Bridge:
+def shadowed(socket: Path, folder: Path) -> Bridge:
     """A bridge that knows what is in flight."""
-    return Bridge(f"vhost-user:{disk.socket}", listen=folder / "vm.sock", arguments=["--shadow"])
+    return Bridge(f"vhost-user:{socket}", listen=folder / "vm.sock", arguments=["--shadow"])
 
 
 def wait_for_writes(image: Path) -> None:

@@ -78,8 +78,21 @@ class Uplink(Testpmd):
         self.tell("set fwd io")
 
 
-def testpmd(vdev: str, other: str, queues: int, processor: int) -> list[str]:
-    """The command that forwards between two virtual devices."""
+class Echo(Testpmd):
+    """Sends every frame that `vdev` has back there, as far as there is room for it."""
+
+    def __init__(self, vdev: str, *, processor: int) -> None:
+        argv = testpmd(vdev, None, 1, processor)
+        Process.__init__(self, argv, name="testpmd echo")
+        self._seen = 0
+
+    def _set_up(self) -> None:
+        self.tell("set fwd io")
+        self.tell("start")
+
+
+def testpmd(vdev: str, other: str | None, queues: int, processor: int) -> list[str]:
+    """The command that forwards between two virtual devices, or back to the one."""
     # A thread for each direction of each queue: one that waits for a full ring must not keep
     # another from emptying one, or both programs wait for each other.
     threads = 2 * queues
@@ -87,8 +100,9 @@ def testpmd(vdev: str, other: str, queues: int, processor: int) -> list[str]:
     argv = [
         *("dpdk-testpmd", "--no-huge", "--no-pci", "--single-file-segments", "-m", "256"),
         *(f"--file-prefix={secrets.token_hex(4)}", "--lcores", lcores),
-        *("--vdev", vdev, "--vdev", other, "--"),
+        *("--vdev", vdev, *(("--vdev", other) if other else ()), "--"),
         *("-i", "--no-flush-rx", "--total-num-mbufs=8192"),
+        *(() if other else ("--port-topology=loop",)),
         *(f"--rxq={queues}", f"--txq={queues}", f"--nb-cores={threads}"),
     ]
     return peer_argv(argv, die_with_parent=True)

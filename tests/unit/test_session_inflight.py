@@ -7,12 +7,14 @@ import gc
 import os
 import struct
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import trio
 
-from tests.unit.fakes import FakeDevice, state, u64
-from tests.unit.frontend import OFFER, PF, FrontEnd, connected
+from tests.unit import scripted
+from tests.unit.fakes import PROTOCOL_FEATURES, RING_PACKED, FakeDevice, frame, state, u64
+from tests.unit.frontend import DEVICE_GETS, FEATURES, OFFER, PF, FrontEnd, connected
 from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.inflight import InflightBuffer
@@ -35,8 +37,8 @@ class Noting(FakeDevice):
         self.capabilities = replace(self.capabilities, inflight=Ability(how, "a fake"))
         self.used: list[tuple[int, bool] | None] = []
 
-    async def make_inflight(self, queues: int, queue_size: int, *, packed: bool) -> InflightBuffer:
-        return InflightBuffer.make(queues, queue_size, packed=packed)
+    async def make_inflight(self, queues: int, queue_size: int, features: int) -> InflightBuffer:
+        return InflightBuffer.make(queues, queue_size, features)
 
     def use_inflight(self, buffer: InflightBuffer | None, *, leave: bool = False) -> None:
         self.used.append(None if buffer is None else (buffer.queue_size, leave))
@@ -78,6 +80,22 @@ async def test_buffer_is_made_empty_and_nobody_can_make_it_shorter() -> None:
         assert seals & fcntl.F_SEAL_SHRINK
         with pytest.raises(PermissionError):
             os.ftruncate(fd.fileno(), 0)
+
+
+async def test_back_end_knows_the_kind_of_vrings_before_it_makes_a_buffer() -> None:
+    """As QEMU tells it: DPDK makes one too small for packed vrings otherwise."""
+    async with (
+        scripted.connected(scripted.OFFER | PF.INFLIGHT_SHMFD) as (device, backend),
+        connected(cast(FakeDevice, device)) as vm,
+    ):
+        backend.answers[R.GET_INFLIGHT_FD] = lambda got: frame(got.request, got.payload, 5)
+        await vm.negotiate(FEATURES | RING_PACKED, PROTOCOL)
+        await vm.send(R.GET_INFLIGHT_FD, inflight(0))
+        assert "gave no in-flight buffer" in str(await vm.lost())
+        told, asked = backend.take()[:2]
+        assert (told.request, asked.request) == (R.SET_FEATURES, R.GET_INFLIGHT_FD)
+        assert told.u64 == DEVICE_GETS | RING_PACKED | PROTOCOL_FEATURES
+        vm.device = FakeDevice()
 
 
 @pytest.mark.parametrize("leave", [False, True])
