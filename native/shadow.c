@@ -243,6 +243,15 @@ void vb_shadow_free(struct vb_shadow *shadow)
 	free(shadow);
 }
 
+/* With IN_ORDER: a request that the device completed waits for one before it. */
+static bool done_out_of_order(const struct device_ring *ring)
+{
+	for (uint16_t at = ring->oldest; at != NO_SLOT; at = ring->requests[at].newer)
+		if (ring->requests[at].done)
+			return true;
+	return false;
+}
+
 /* Requests in flight are given up as if never fetched, if they are the last ones fetched. */
 int64_t vb_shadow_base(struct vb_shadow *shadow)
 {
@@ -259,7 +268,7 @@ int64_t vb_shadow_base(struct vb_shadow *shadow)
 	if (ring->oldest != NO_SLOT) {
 		const struct inflight *oldest = &ring->requests[ring->oldest];
 
-		if (ring->sequence - oldest->sequence != ring->inflight ||
+		if (ring->sequence - oldest->sequence != ring->inflight || done_out_of_order(ring) ||
 		    (record->overtaken && oldest->sequence < record->left_count))
 			return -EBUSY;
 		position = oldest->position;

@@ -74,6 +74,8 @@ uint16_t get16(const unsigned char *from);
 void restart_driver(void);
 void submit(void);
 void reap(void);
+/* Requests that the device completed, and the driver does not see yet. */
+unsigned done_but_not_given(void);
 /* Requests that it was given back, whether or not it has looked, are complete; others are not. */
 void forget_what_was_not_given(void);
 
