@@ -1,7 +1,7 @@
-"""What guest memory itself says of a split vring: the indices that both sides publish there.
+"""What guest memory itself says of a vring: of a split one the indices that both sides publish.
 
 It is read from the regions' files: a front-end that made one shorter meanwhile would turn a load
-from a mapping into a bus error. Packed rings publish no indices.
+from a mapping into a bus error. Packed rings publish no indices, only what was used.
 """
 
 from __future__ import annotations
@@ -40,3 +40,10 @@ def available_index(regions: Iterable[MemoryRegion], vring: VringSetup) -> int:
 def used_index(regions: Iterable[MemoryRegion], vring: VringSetup) -> int:
     """Where the device will put its next completion (virtio 1.4, section 2.7.8)."""
     return read_u16(regions, vring.device_area + 2)
+
+
+def was_used(regions: Iterable[MemoryRegion], vring: VringSetup) -> bool:
+    """Whether anything was used in a packed vring since its base (virtio 1.4, section 2.8.1)."""
+    base = vring.base or 0
+    flags = read_u16(regions, vring.descriptor_area + 16 * (base >> 16 & 0x7FFF) + 14)
+    return flags >> 15 == base >> 31

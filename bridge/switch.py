@@ -14,7 +14,7 @@ from vhostbridge.backends.device import Device
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
 from vhostbridge.backends.guest import MemoryRegion
 from vhostbridge.backends.lifecycle import State
-from vhostbridge.backends.ring_memory import used_index
+from vhostbridge.backends.ring_memory import used_index, was_used
 from vhostbridge.backends.state_compatibility import relied_on
 from vhostbridge.backends.state_stream import Sink, Source
 from vhostbridge.backends.trace import Tracer
@@ -136,9 +136,10 @@ async def _go_back(
 
 
 def _moved(old: Device, regions: list[MemoryRegion]) -> bool:
-    if old.features & TransportFeature.RING_PACKED.mask:
-        return False
+    packed = old.features & TransportFeature.RING_PACKED.mask
     try:
+        if packed:
+            return any(was_used(regions, v) for v in old.vrings.values())
         return any(v.base != used_index(regions, v) for v in old.vrings.values())
     except PeerError:
         return True
