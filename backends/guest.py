@@ -79,6 +79,15 @@ def with_base(vring: VringSetup, known: Mapping[int, VringSetup]) -> VringSetup:
     return replace(vring, base=before.base)
 
 
+def whole_base(base: int, *, packed: bool) -> int:
+    """A position as its peer told it.
+
+    Of a packed ring DPDK tells the available half only, on both sides of vhost-user, and takes the
+    other one for equal, which it is while nothing is in flight.
+    """
+    return base | base << 16 if packed and base <= 0xFFFF else base
+
+
 def base_of(vrings: Mapping[int, VringSetup], index: int) -> int:
     """Where a vring stopped.
 

@@ -15,6 +15,7 @@ import trio
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, is_eventfd
+from vhostbridge.backends.guest import whole_base
 from vhostbridge.backends.lifecycle import State, Status
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.codec import Message
@@ -202,10 +203,7 @@ async def set_vring_base(session: Session, message: Message) -> None:
     vring = _stopped(session.vring(state.index), "base")
     if state.num > 0xFFFF and not session.packed:
         raise PeerError(f"base {state.num:#x} of split vring {state.index} has more than 16 bits")
-    # DPDK's front-end tells the available half of a packed ring's position only, and its back-end
-    # takes the other one for equal, which it is while nothing is in flight.
-    half = session.packed and state.num <= 0xFFFF
-    vring.base = state.num | state.num << 16 if half else state.num
+    vring.base = whole_base(state.num, packed=session.packed)
 
 
 async def set_vring_addr(session: Session, message: Message) -> None:

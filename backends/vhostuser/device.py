@@ -11,7 +11,14 @@ from vhostbridge.backends.device import Device, DeviceInfo, whole
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd, signal_eventfds
-from vhostbridge.backends.guest import MemoryRegion, VringSetup, base_of, kick_and_call, with_base
+from vhostbridge.backends.guest import (
+    MemoryRegion,
+    VringSetup,
+    base_of,
+    kick_and_call,
+    whole_base,
+    with_base,
+)
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import Capabilities, State, Status, Verb, step
 from vhostbridge.backends.virtio import TransportFeature
@@ -271,8 +278,9 @@ class VhostUserDevice(Device):
             self.fail(str(error))
             raise
         del self._rings[index]
-        self._stopped[index] = replace(vring, base=stopped.num)
-        if not self.features & TransportFeature.RING_PACKED.mask:
+        packed = bool(self.features & TransportFeature.RING_PACKED.mask)
+        self._stopped[index] = replace(vring, base=whole_base(stopped.num, packed=packed))
+        if not packed:
             await drained(self._client, self.info.target, self._memory.regions, vring, stopped.num)
 
     @whole

@@ -10,7 +10,10 @@ import pytest
 
 from tests.peers.bridge import Bridge
 from tests.peers.process import eventually
-from tests.peers.testpmd import Testpmd, frame, read_frames, write_frames
+from tests.peers.testpmd import Echo, Testpmd, frame, read_frames, write_frames
+from tests.unit.fakes import memfd
+from tests.vm.guest.frontend import ALL, LOG_SHMFD
+from tests.vm.guest.keeper_net import PacketKeeper
 from vhostbridge.backends.virtio import TransportFeature
 
 COUNT = 2000
@@ -69,6 +72,27 @@ def test_frames_of_both_sides_arrive(
         assert wait_for_all(user) == sent(queues, salt=1)
         packed = bool(bridge.status().features & TransportFeature.RING_PACKED.mask)
         assert packed == ("packed_vq=1" in options)
+
+
+def test_packed_vrings_go_on_in_shadow_vrings_and_straight_again(tmp_path: Path) -> None:
+    """From where DPDK says that they are, which tells only half of it."""
+    keeper, socket = PacketKeeper(), tmp_path / "vhost.sock"
+    with (
+        Echo(f"net_vhost0,iface={socket}", processor=1),
+        Bridge(
+            f"vhost-user:{socket}", listen=tmp_path / "vm.sock", arguments=["--dirty-log", "shadow"]
+        ) as bridge,
+        memfd(1 << 20) as log,
+    ):
+        keeper.connect(str(bridge.listen), ALL | LOG_SHMFD)
+        assert keeper.frontend is not None
+        keeper.frontend.log_to(log.fileno(), 1 << 20)
+        for on in (True, False) * 5:
+            keeper.work(0.05)
+            keeper.frontend.log_writes(on)
+        keeper.finish()
+        keeper.close()
+    assert set(keeper.received.values()) == {1}
 
 
 def test_frames_arrive_over_a_stop_of_the_port(tmp_path: Path) -> None:

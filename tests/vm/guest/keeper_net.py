@@ -50,14 +50,14 @@ class PacketKeeper:
             self._at[self.rx.add(self._chain(at, SPAN, writable=True), kick=False)] = at
         self.rx.kick()
 
-    def connect(self, path: str) -> None:
+    def connect(self, path: str, protocol: int = ALL | INFLIGHT_SHMFD) -> None:
         """Go on, as QEMU does after the loss of its back-end."""
         frontend = self.frontend = Frontend(path)
-        frontend.negotiate(VERSION_1 | RING_PACKED, ALL | INFLIGHT_SHMFD)
+        frontend.negotiate(VERSION_1 | RING_PACKED, protocol)
         frontend.set_memory([self.memory])
-        if self.buffer is None:
-            self.buffer = frontend.get_inflight(2, self.rx.size)
-        frontend.set_inflight(self.buffer)
+        if protocol & INFLIGHT_SHMFD:
+            self.buffer = self.buffer or frontend.get_inflight(2, self.rx.size)
+            frontend.set_inflight(self.buffer)
         frontend.start([self.rx, self.tx], [self.rx.restart, self.tx.restart])
 
     def send(self) -> None:
