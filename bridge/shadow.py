@@ -125,7 +125,7 @@ class ShadowDevice(WrappedDevice):
         wanted = [self._with_base(vring) for vring in vrings]
         before = (self.features, list(self.vrings.values()))
         try:
-            await self._go(features, wanted)
+            await self._go_somehow(features, wanted)
         except BridgeError as error:
             if ran:
                 await self._go_back(*before, error)
@@ -152,6 +152,16 @@ class ShadowDevice(WrappedDevice):
             await self._go(features, vrings)
         except BridgeError as second:
             self.fail(f"{error}; going back failed too: {second}")
+
+    # A driver that comes during a migration may have vrings that can't be shadowed.
+    async def _go_somehow(self, features: int, vrings: Sequence[VringSetup]) -> None:
+        try:
+            await self._go(features, vrings)
+        except Unsupported as error:
+            if self._always or not self._shadowed or self._passage.inherits:
+                raise
+            self._count_all_as_written(error)
+            await self._go(features, vrings)
 
     # The device stands still.
     async def _go(self, features: int, vrings: Sequence[VringSetup]) -> None:
@@ -340,16 +350,20 @@ class ShadowDevice(WrappedDevice):
         try:
             await self._set_shadowed(self._always or (log is not None and not self._mark_all))
         except Unsupported as error:
-            if self._tracking is not Tracking.AUTO:
-                raise
-            _log.warning(
-                "%s: all guest memory will be sent again when the guest stops: %s",
-                self.info.target,
-                error,
-            )
-            self._shadowed, self._mark_all = False, True
+            self._count_all_as_written(error)
         if log is None:
             self._mark_all = False
+
+    # What shadow vrings logged before is logged.
+    def _count_all_as_written(self, error: Unsupported) -> None:
+        if self._tracking is not Tracking.AUTO:
+            raise error
+        _log.warning(
+            "%s: all guest memory will be sent again when the guest stops: %s",
+            self.info.target,
+            error,
+        )
+        self._shadowed, self._mark_all = False, True
 
     async def _set_shadowed(self, shadowed: bool) -> None:
         before, self._shadowed = self._shadowed, shadowed

@@ -145,6 +145,29 @@ async def test_all_memory_is_logged_where_a_vring_is_polled(guest: Guest) -> Non
     assert os.pread(guest.log.fd.fileno(), 3, 0) == b"\xff\xff\0"
 
 
+@pytest.mark.parametrize("before", ["no driver", "another driver"])
+async def test_driver_that_comes_during_a_migration_starts_though_shadow_vrings_can_not(
+    guest: Guest, before: str
+) -> None:
+    """A guest that boots while it migrates: all its memory counts as written from then on."""
+    inner = FakeDevice()
+    inner.capabilities = replace(inner.capabilities, dirty_log=Ability(How.NO, "a fake"))
+    async with running(guest, inner, Tracking.AUTO) as device:
+        if before == "no driver":
+            await device.reset()
+        await device.log_writes(guest.log, {})
+        if before == "another driver":
+            assert device.shadowed
+            await device.suspend()
+        await device.run(0, [replace(guest.vring(5), kick=None)])
+        assert (device.state, inner.bases) == (State.RUNNING, {0: 5})
+        assert inner.regions == [guest.region]
+        assert device.logged_by == "all guest memory"
+        assert os.pread(guest.log.fd.fileno(), 3, 0) == b"\0\0\0"
+        await device.suspend()
+    assert os.pread(guest.log.fd.fileno(), 3, 0) == b"\xff\xff\0"
+
+
 # Where a request writes to, and what a log has then: that page, and the used ring's.
 DATA, PAGES = 0x5000, (1 << 5 | 1 << 2).to_bytes(2, "little")
 
