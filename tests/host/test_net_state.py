@@ -16,7 +16,7 @@ from tests.peers import migration
 from tests.peers.bridge import Bridge
 from tests.peers.guest import Guest
 from tests.peers.network import GUEST, PORT, SERVER, Network, Seat
-from tests.peers.passt import passt_command
+from tests.peers.passt import keep_moving, passt_command
 from tests.peers.process import Process
 from vhostbridge.bridge.trace.reader import read
 
@@ -58,6 +58,7 @@ class Host:
     ) -> None:
         folder.mkdir()
         self.seat = stack.enter_context(Seat(network, port))
+        keep_moving(self.seat)
         self.trace = folder / "trace"
         socket = folder / "passt.sock"
         command = shlex.join(passt_command(socket, self.seat, helper=helper, debug=debug))

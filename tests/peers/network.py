@@ -118,6 +118,11 @@ class Seat:
     ) -> None:
         _ip("netns", "del", self._name)
 
+    def set(self, setting: str, value: str) -> None:
+        """Change one of its settings of the kernel, by its path below /proc/sys/net."""
+        write = 'echo "$1" >"/proc/sys/net/$0"'
+        checked(["nsenter", f"--net={self.place}", "sh", "-c", write, setting, value])
+
     def plug(self) -> None:
         self._set_master("master", "switch")
 
