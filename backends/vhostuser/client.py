@@ -92,13 +92,18 @@ class Client:
         return pid if pid > 1 else 0
 
     def peer_program(self) -> str:
-        """The back-end's program, without its folder; empty where the kernel doesn't tell."""
+        """The back-end's program, without its folder; empty where the kernel doesn't tell.
+
+        It is the same for every build and version of it: a file that was replaced since it was
+        started, and passt's for processors with AVX2, which passt goes over to by itself.
+        """
         if self.peer_pid == 0:
             return ""
         try:
-            return Path(f"/proc/{self.peer_pid}/exe").readlink().name
+            name = Path(f"/proc/{self.peer_pid}/exe").readlink().name
         except OSError:
             return ""
+        return name.removesuffix(" (deleted)").removesuffix(".avx2")
 
     async def request(
         self,

@@ -16,7 +16,7 @@ from tests.peers import migration
 from tests.peers.bridge import Bridge
 from tests.peers.guest import Guest
 from tests.peers.network import GUEST, PORT, SERVER, Network, Seat
-from tests.peers.passt import keep_moving, passt_command
+from tests.peers.passt import copy_passt, keep_moving, passt_command
 from tests.peers.process import Process
 from vhostbridge.bridge.trace.reader import read
 
@@ -265,13 +265,19 @@ def test_connection_goes_on_from_a_saved_state(tmp_path: Path) -> None:
         check_load(guest)
 
 
-def test_connection_goes_on_in_another_passt(tmp_path: Path) -> None:
-    """Switched over to it while the guest runs."""
+@pytest.mark.parametrize("build", ["same", "other"])
+def test_connection_goes_on_in_another_passt(tmp_path: Path, build: str) -> None:
+    """Switched over to it while the guest runs; also to a build for other processors, whose file is
+    gone, as after an upgrade."""
+    program = copy_passt(tmp_path) if build == "other" else Path("passt")
     with two_hosts(tmp_path) as (host, _), host.guest() as guest:
         begin_load(guest)
         socket = tmp_path / "other.sock"
-        with Process(passt_command(socket, host.seat), name="passt", children=True) as other:
+        argv = passt_command(socket, host.seat, program=program)
+        with Process(argv, name="passt", children=True) as other:
             other.wait_for_output("Accepted TCP_REPAIR helper")
+            if build == "other":
+                program.unlink()
             host.seat.unplug()
             host.bridge.command("switch", f"vhost-user:{socket}")
             host.seat.plug()

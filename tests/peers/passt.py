@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.rig.root import peer_argv
+from tests.rig.root import peer_argv, root_folder
 
 from .network import Seat
 
@@ -25,7 +25,12 @@ def keep_moving(seat: Seat) -> None:
 
 
 def passt_command(
-    socket: Path, seat: Seat, *, helper: bool = True, debug: bool = False
+    socket: Path,
+    seat: Seat,
+    *,
+    helper: bool = True,
+    debug: bool = False,
+    program: str | Path = "passt",
 ) -> list[str]:
     """The command that serves a guest with what `seat` has of the network.
 
@@ -33,10 +38,18 @@ def passt_command(
     `debug` it tells of each that it gives or takes, and of all else that it does.
     """
     argv: list[str | Path] = [
-        *("passt", "--foreground", "--vhost-user", "--socket", socket),
+        *(program, "--foreground", "--vhost-user", "--socket", socket),
         *("--runas", "0", "--ipv4-only", "--no-map-gw", *(["--debug"] if debug else [])),
     ]
     if helper:
         argv = ["sh", "-c", _WITH_HELPER, socket, *argv]
     inner = peer_argv(argv, die_with_parent=True, pivot=True)
     return ["nsenter", f"--net={seat.place}", *inner]
+
+
+def copy_passt(folder: Path) -> Path:
+    """passt's build for every processor, by itself in `folder`."""
+    program = folder / "passt"
+    program.write_bytes((root_folder() / "usr/bin/passt").read_bytes())
+    program.chmod(0o755)
+    return program
