@@ -55,19 +55,20 @@ class Host:
         *,
         helper: bool = True,
         debug: bool = False,
+        program: str | Path = "passt",
     ) -> None:
         folder.mkdir()
         self.seat = stack.enter_context(Seat(network, port))
         keep_moving(self.seat)
         self.trace = folder / "trace"
         socket = folder / "passt.sock"
-        command = shlex.join(passt_command(socket, self.seat, helper=helper, debug=debug))
+        argv = passt_command(socket, self.seat, helper=helper, debug=debug, program=program)
         more: list[str | Path] = ["--type", "net", "--trace", self.trace]
         self.bridge = stack.enter_context(
             Bridge(
                 f"vhost-user:{socket}",
                 listen=folder / "vm.sock",
-                arguments=[*more, "--backend-command", command],
+                arguments=[*more, "--backend-command", shlex.join(argv)],
             )
         )
 
@@ -90,15 +91,17 @@ class Host:
 
 @contextmanager
 def two_hosts(
-    folder: Path, *, helper: bool = True, debug: bool = False
+    folder: Path, *, helper: bool = True, debug: bool = False, second: str | Path = "passt"
 ) -> Iterator[tuple[Host, Host]]:
-    """Two sides on one network; the first is plugged in."""
+    """Two sides on one network; the first is plugged in, and `second` is the other one's passt."""
     with ExitStack() as stack:
         network = stack.enter_context(Network(["left", "right"]))
-        first = Host(stack, folder / "a", network, "left", helper=helper, debug=debug)
-        second = Host(stack, folder / "b", network, "right", helper=helper, debug=debug)
-        first.seat.plug()
-        yield first, second
+        here = Host(stack, folder / "a", network, "left", helper=helper, debug=debug)
+        there = Host(
+            stack, folder / "b", network, "right", helper=helper, debug=debug, program=second
+        )
+        here.seat.plug()
+        yield here, there
 
 
 def set_up(guest: Guest) -> None:
@@ -210,26 +213,26 @@ def test_connection_goes_on_after_a_migration_that_does_not_end(tmp_path: Path, 
         check_load(source)
 
 
-@pytest.mark.parametrize("dead", ["passt", "QEMU"])
-def test_connection_comes_back_when_the_destination_fails_with_it(
-    tmp_path: Path, dead: str
-) -> None:
-    """Of the destination something dies that has to load it. The source's passt has given all away
-    and ended; the next one gets it back."""
-    with two_hosts(tmp_path, debug=True) as (here, there), ExitStack() as stack:
+@pytest.mark.parametrize("how", ["passt-dies", "QEMU-dies", "passt-refuses"])
+def test_connection_comes_back_when_the_destination_fails_with_it(tmp_path: Path, how: str) -> None:
+    """Of the destination something dies that has to load it, or does not take it. The source's
+    passt has given all away and ended; the next one gets it back."""
+    other = copy_passt(tmp_path, other_states=True) if how == "passt-refuses" else "passt"
+    with two_hosts(tmp_path, debug=True, second=other) as (here, there), ExitStack() as stack:
         source = stack.enter_context(here.guest())
         begin_load(source)
         destination = stack.enter_context(there.guest(incoming=True))
 
         def at_pause() -> None:
             here.seat.unplug()
-            there.signal_passt(signal.SIGKILL if dead == "passt" else signal.SIGSTOP)
+            if how != "passt-refuses":
+                there.signal_passt(signal.SIGKILL if how == "passt-dies" else signal.SIGSTOP)
 
         log = len(here.bridge.output)
         migration.begin(source, destination, tmp_path / "migration", bandwidth=64 << 20, pause=True)
         migration.pass_pause(source, at_pause)
         given = here.bridge.wait_for_output("Migration complete, exiting", start=log)
-        if dead == "QEMU":
+        if how == "QEMU-dies":
             destination.kill()
         with pytest.raises(migration.MigrationError, match="failed"):
             migration.finish(source)
@@ -238,6 +241,10 @@ def test_connection_comes_back_when_the_destination_fails_with_it(
         check_load(source)
         carried = here.carried(log)
         assert len(carried) == 4 and carried[:2] == carried[2:]
+        refused = "failed to load its internal state (CHECK_DEVICE_STATE answered 22)"
+        assert any(refused in line for line in there.bridge.lines("ERROR")) == (
+            how == "passt-refuses"
+        )
 
 
 def test_guest_without_a_helper_loses_its_connections_only(tmp_path: Path) -> None:

@@ -15,6 +15,10 @@ _WITH_HELPER = (
 )
 
 
+# What its state begins with.
+_MAGIC = bytes.fromhex("b1bb1d1b0bb1d1b0")
+
+
 def keep_moving(seat: Seat) -> None:
     """Keep the connections that a passt in `seat` is given from standing still.
 
@@ -47,9 +51,14 @@ def passt_command(
     return ["nsenter", f"--net={seat.place}", *inner]
 
 
-def copy_passt(folder: Path) -> Path:
-    """passt's build for every processor, by itself in `folder`."""
+def copy_passt(folder: Path, *, other_states: bool = False) -> Path:
+    """passt's build for every processor, by itself in `folder`.
+
+    With `other_states` it refuses those of passt, as one of a version that has others.
+    """
+    content = (root_folder() / "usr/bin/passt").read_bytes()
+    assert _MAGIC in content
     program = folder / "passt"
-    program.write_bytes((root_folder() / "usr/bin/passt").read_bytes())
+    program.write_bytes(content.replace(_MAGIC, _MAGIC[::-1]) if other_states else content)
     program.chmod(0o755)
     return program
