@@ -19,6 +19,7 @@ from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
 from vhostbridge.backends.guest import VringSetup
 from vhostbridge.backends.lifecycle import State, Status
+from vhostbridge.backends.ring_memory import available_index, used_index
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
 from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature
 
@@ -57,6 +58,8 @@ class DeviceUser:
         self.incoming = incoming
         #: Whether the operator suspended the device: the front-end can't start it meanwhile.
         self.held = False
+        # Whether the front-end has, by disabling every vring.
+        self._paused = False
         self.log = logging.LoggerAdapter(logging.getLogger("vhostbridge.session"), {"bridge": name})
         self.features = 0
         self.protocol = ProtocolFeature(0)
@@ -103,9 +106,19 @@ class DeviceUser:
             return True
         return any(v.enabled and v.ready for v in self.vrings.values())
 
+    # Vrings run, and the front-end has all of them disabled.
+    @property
+    def _none_enabled(self) -> bool:
+        running = [v for v in self.vrings.values() if v.running]
+        return bool(running) and not any(v.enabled for v in running)
+
+    @property
+    def _stands_still(self) -> bool:
+        return self.held or (self._paused and self._none_enabled)
+
     @property
     def _out_of_step(self) -> bool:
-        if self.held or self.device.failed.is_set():
+        if self._stands_still or self.device.failed.is_set():
             return False
         vrings = self.vrings.values()
         if any(v.running for v in vrings) and self.device.state is State.SUSPENDED:
@@ -113,19 +126,21 @@ class DeviceUser:
         return self._may_start and any(v.ready and not v.running for v in vrings)
 
     async def apply(self) -> None:
-        """Make the device run what the front-end has set up, unless the operator holds it.
+        """Make the device run what the front-end has set up, unless it is to stand still: the
+        operator holds it, or the front-end paused it.
 
         Raises:
             PeerError: it does not go on where the incoming state stopped.
             BridgeError: the device can't; it does not run.
         """
-        if self.held:
+        if self._stands_still:
             return
         may_start = self._may_start
         vrings = [v for v in self.vrings.values() if v.running or (v.ready and may_start)]
         if not vrings:
             return
         features = self.features & ~VHOST_ONLY_FEATURES
+        self._look_for_bases(vrings)
         await recognise(self, features, vrings)
         if self.incoming is not None:
             compare_features(self.incoming.state, features)
@@ -139,6 +154,21 @@ class DeviceUser:
         there = not isinstance(self.device, StandIn)
         what = "%s: running vrings %s" if there else "%s: vrings %s wait for the back-end"
         self.log.info(what, self.name, ", ".join(str(v.index) for v in vrings))
+
+    # cloud-hypervisor says of a vring that ran elsewhere that all requests are done: the base is
+    # the available index. For a device that holds none of them, what was not used is not done.
+    def _look_for_bases(self, vrings: list[FrontendVring]) -> None:
+        fresh = self.device.state is State.RESET or self.left_behind is not None
+        if not fresh or self.packed or self.inflight is not None:
+            return
+        for vring in vrings:
+            setup = vring.setup(self.memory, packed=False)
+            regions = self.memory.regions
+            if setup.base is None or setup.base != available_index(regions, setup):
+                continue
+            used = used_index(regions, setup)
+            if (setup.base - used) % 0x10000 <= vring.size:
+                vring.base = used
 
     # What stands in for a device gives nothing back: the next one does.
     async def _run(self, features: int, setups: list[VringSetup]) -> None:
@@ -160,16 +190,18 @@ class DeviceUser:
             BridgeError: it can't be suspended; it runs as before.
         """
         ran = self.device.state is State.RUNNING
-        await self.device.suspend()
-        self.held = True
         try:
-            self.absence.state = await self.device.capture()
+            await self._stand_still()
         except BridgeError:
-            self.held = False
-            if ran:
+            if ran and self.device.state is State.SUSPENDED:
                 # Not the device's ``resume``: it knows of vrings that the front-end has stopped.
                 await self.apply()
             raise
+        self.held = True
+
+    async def _stand_still(self) -> None:
+        await self.device.suspend()
+        self.absence.state = await self.device.capture()
 
     async def release(self) -> None:
         """Go on after ``hold``, with all that the front-end changed meanwhile.
@@ -184,6 +216,31 @@ class DeviceUser:
             self.held = True
             raise
 
+    async def enable(self, vring: FrontendVring, enabled: bool) -> None:
+        """Enable or disable a vring.
+
+        A front-end that does not speak STATUS may pause a guest by disabling every vring, and save
+        or migrate it then: cloud-hypervisor reads the dirty log a last time and does not ask for
+        bases. So the device is suspended before that is acknowledged. Others ask for the bases.
+
+        Raises:
+            BridgeError: the device can't; nothing changed.
+        """
+        before, vring.enabled = vring.enabled, enabled
+        ran = self.device.state is State.RUNNING and not isinstance(self.device, StandIn)
+        pauses = ran and vring.running and before and ProtocolFeature.STATUS not in self.protocol
+        try:
+            if pauses and self._none_enabled:
+                await self._stand_still()
+                self._paused = True
+            elif vring.running:
+                await self.device.set_enabled(vring.index, enabled)
+        except BridgeError:
+            vring.enabled = before
+            if ran and self._out_of_step:
+                await self.apply()
+            raise
+
     # Another device
 
     # Put somebody in the place of a device that failed: whether that can be.
@@ -194,7 +251,7 @@ class DeviceUser:
             return False
         lost = self.device
         lost.on_config_change = lambda: None
-        ran = not self.held and any(vring.running for vring in self.vrings.values())
+        ran = not self._stands_still and any(vring.running for vring in self.vrings.values())
         self.device = StandIn(lost, self.absence, self.memory.regions, running=ran)
         self.use_inflight(self.inflight)
         return True
@@ -207,8 +264,9 @@ class DeviceUser:
         if not self.device.failed.is_set():
             return False
         absence = self.absence
-        absence.notice(self.device, self.vrings.values(), self.memory.regions, held=self.held)
-        return self.held or absence.state is not None
+        known = self._stands_still
+        absence.notice(self.device, self.vrings.values(), self.memory.regions, held=known)
+        return known or absence.state is not None
 
     # What fails because the device went away is done again when there is another one.
     async def _recovering(self, work: Callable[[], Awaitable[None]]) -> None:
@@ -260,7 +318,8 @@ class DeviceUser:
         self.device.on_config_change = lambda: None
         self.use_inflight(self.inflight)
         await self.update_log(self.log_to)
-        if self.held:
+        self._paused = self._none_enabled and ProtocolFeature.STATUS not in self.protocol
+        if self._stands_still:
             self.absence.state = await self.device.capture()
         await self._recovering(self.apply)
 
@@ -274,7 +333,7 @@ class DeviceUser:
         if given is not None and given.device is self.device:
             given.device = device
         await self._follow(device)
-        if self.held:
+        if self._stands_still:
             self.absence.state = await device.capture()
         await self.apply()
 
@@ -314,7 +373,7 @@ class DeviceUser:
         self.use_inflight(None)
         self.absence.keep_copy(None)
         self.status = 0
-        self.held = False
+        self.held = self._paused = False
 
     async def stop_all(self) -> None:
         """Suspend the device and remember where every vring stopped."""

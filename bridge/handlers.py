@@ -283,10 +283,7 @@ async def set_vring_enable(session: Session, message: Message) -> None:
     state = _state(message)
     if state.num > 1:
         raise PeerError(f"SET_VRING_ENABLE of vring {state.index} with {state.num}, not 0 or 1")
-    vring = session.vring(state.index)
-    if vring.running:
-        await session.device.set_enabled(state.index, bool(state.num))
-    vring.enabled = bool(state.num)
+    await session.enable(session.vring(state.index), bool(state.num))
 
 
 # Device

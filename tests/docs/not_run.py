@@ -36,6 +36,7 @@ NOT_RUN: dict[str, str] = {
     "docs/guides/cloud-hypervisor.md#network-card": NO_PACKAGE,
     "docs/guides/cloud-hypervisor.md#shared-folder": NO_PACKAGE,
     "docs/guides/mlx5.md#a-device": HARDWARE,
+    "docs/migration.md#with-cloud-hypervisor": NO_PACKAGE,
     "docs/testing.md#fuzzing": RUNNERS,
     "docs/testing.md#the-rig": RUNNERS,
 }

@@ -33,6 +33,7 @@ from tests.unit.frontend import (
     ring,
     table,
 )
+from vhostbridge.backends.errors import Unsupported
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.messages import Request as R
 
@@ -51,6 +52,12 @@ async def qemu_connects(vm: FrontEnd) -> None:
 async def qemu_adds_status(vm: FrontEnd, bits: int) -> None:
     (status,) = struct.unpack("=Q", await vm.ask(R.GET_STATUS))
     await vm.send(R.SET_STATUS, u64(status | bits))
+
+
+def set_indices(vm: FrontEnd, index: int, available: int, used: int) -> None:
+    at = 0x10000 * (index + 1)
+    os.pwrite(vm.memory.fileno(), available.to_bytes(2, "little"), at + 0x1002)
+    os.pwrite(vm.memory.fileno(), used.to_bytes(2, "little"), at + 0x2002)
 
 
 # Front-ends
@@ -214,10 +221,56 @@ async def test_cloud_hypervisor_pauses_by_disabling(autojump_clock: MockClock) -
         await vm.start(0, 1)
         vm.need_reply = True
         await vm.enable(0, 1, on=0)
+        assert vm.device.take_calls()[:2] == [("set_enabled", 0, False), ("suspend",)]
         await vm.settle()
+        assert vm.device.state is State.SUSPENDED
         await vm.enable(0, 1)
-        calls = [("set_enabled", index, on) for on in (False, True) for index in (0, 1)]
-        assert vm.device.take_calls() == calls
+        await vm.settle()
+        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, None), (1, None))
+
+
+async def test_pause_that_fails_leaves_the_device_running(autojump_clock: MockClock) -> None:
+    async with connected() as vm:
+        await vm.start(0, 1)
+        vm.device.refuse["suspend"] = Unsupported("no")
+        await vm.ack(R.SET_VRING_ENABLE, state(0, 0))
+        await vm.nack(R.SET_VRING_ENABLE, state(1, 0))
+        await vm.settle()
+        assert vm.device.state is State.RUNNING and vm.session.vrings[1].enabled
+
+
+async def test_cloud_hypervisor_leaves_requests_undone_behind_the_base(
+    autojump_clock: MockClock,
+) -> None:
+    """It tells the available index of a vring that ran elsewhere. Receive buffers wait there."""
+    async with connected() as vm:
+        await vm.set_up(protocol=OFFER & ~PF.STATUS)
+        set_indices(vm, 0, available=300, used=172)
+        set_indices(vm, 1, available=9, used=9)
+        vm.need_reply = True
+        for index, base in ((0, 300), (1, 9)):
+            await vm.tell(R.SET_VRING_NUM, state(index, 128))
+            await vm.tell(R.SET_VRING_ADDR, ring(index))
+            await vm.tell(R.SET_VRING_BASE, state(index, base))
+            await vm.set_kick(index)
+        await vm.enable(0, 1)
+        await vm.settle()
+        assert vm.device.take_calls()[1:] == [("run", DEVICE_GETS, (0, 172), (1, 9))]
+
+
+async def test_base_of_a_device_that_was_stopped_is_its_own(autojump_clock: MockClock) -> None:
+    """It may hold what it has not used."""
+    async with connected() as vm:
+        await vm.start(0)
+        vm.device.bases[0] = 300
+        await vm.enable(0, on=0)
+        assert await vm.base(0) == 300
+        set_indices(vm, 0, available=300, used=290)
+        vm.device.take_calls()
+        await vm.set_ring(0, base=300)
+        await vm.enable(0)
+        await vm.settle()
+        assert vm.device.take_calls() == [("run", DEVICE_GETS, (0, 300))]
 
 
 async def test_cloud_hypervisor_resets_ring_by_ring(autojump_clock: MockClock) -> None:
