@@ -10,7 +10,7 @@ from .accel import accelerator
 from .image import python_image, root_image
 from .job import VmLost
 from .kernel import kernel_release
-from .layer import libvirt_layer, newer_qemu, open_vswitch_layer
+from .layer import libvirt_layer, newer_qemu, open_vswitch_layer, rust
 from .product import build_wheel
 from .report import RigError, cache_folder, checked, say, step
 from .root import ensure_root, install_host_packages, peer_argv, root_folder
@@ -32,6 +32,7 @@ def setup() -> int:
         libvirt_layer()
         open_vswitch_layer()
         newer_qemu()
+        rust()
         build_wheel()
     return run(["true"])
 

@@ -17,6 +17,7 @@ BACKPORTS = f"{SUITE}-backports"
 LIBVIRT = ("libvirt-clients", "libvirt-daemon", "libvirt-daemon-driver-qemu")
 OPEN_VSWITCH = ("openvswitch-switch-dpdk",)
 NEWER_QEMU = ("base-files", "dash", "qemu-system-x86")
+RUST = ("base-files", "dash", "coreutils", "cargo", "gcc", "libc6-dev", "librust-vhost-dev")
 FORMAT = 1
 
 
@@ -35,6 +36,11 @@ def newer_qemu() -> Path:
     made if need be.
     """
     return _folder("qemu", NEWER_QEMU, BACKPORTS)
+
+
+def rust() -> Path:
+    """Return a tree of its own that builds what speaks vhost-user by rust-vmm's library."""
+    return _folder("rust", RUST, SUITE)
 
 
 def _folder(name: str, packages: Sequence[str], suite: str) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.peers.build import build_peer
+from tests.peers.build import build_peer, build_rust_peer
 from tests.rig.accel import accelerator
 from tests.rig.deb import build_deb, newer_deb
 from tests.rig.image import compile_python
@@ -52,6 +52,7 @@ class GuestChecks:
         )
         self._copy_documents()
         shutil.copy(build_peer("blkio_verify"), self.vm.share_host / "tests/blkio_verify")
+        shutil.copy(build_rust_peer("rust_vmm"), self.vm.share_host / "tests/rust_vmm")
         if "checks_service" in self.wanted:
             self._give_packages(self.vm.share_host / "tests/packages")
         self.vm.run("mkdir -p /run/checks && cp -r /rig/tests /run/checks/")

@@ -51,6 +51,9 @@ SOAK = (  # count rounds
     "check_block_between_vdpa_and_vhost_user",
     "check_numbered_frames_between_vdpa_devices",
     "check_commands_suspended_at_any_moment",
+    "check_guest_moves_between_vdpa_devices",
+    "check_guest_moves_where_all_memory_is_sent_again",
+    "check_guest_moves_from_vduse_to_vhost_user_and_back",
 )
 AT_ONCE = (
     *SOAK,

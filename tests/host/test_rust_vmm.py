@@ -1,0 +1,130 @@
+"""A VMM that uses rust-vmm's vhost-user library, in cloud-hypervisor's order of messages."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.peers.bridge import Bridge
+from tests.peers.process import eventually, peer
+from tests.peers.storage import StorageDaemon, make_image
+from tests.peers.vmm import RustVmm
+
+ROUNDS = 200 if os.environ.get("VHOST_BRIDGE_SOAK") else 20
+SIZE = 16 << 20
+# On the disk, for each request: long enough that there are some whenever the guest is paused.
+DELAY = "3ms"
+
+WAYS = {
+    "straight": [],
+    "shadow": ["--shadow"],
+    "all": ["--dirty-log", "all"],
+}
+ways = pytest.mark.parametrize("arguments", WAYS.values(), ids=WAYS)
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[list[StorageDaemon]]:
+    """Two vhost-user-blk back-ends on one slow disk."""
+    image, socket = make_image(tmp_path / "image", SIZE), tmp_path / "nbd.sock"
+    delays = [f"{kind}delay={DELAY}" for kind in ("r", "w")]
+    with ExitStack() as stack:
+        stack.enter_context(
+            peer(["nbdkit", "-f", "-U", str(socket), "--filter=delay", "file", image, *delays])
+        )
+        eventually(socket.exists, "nbdkit listens")
+        layer = f"driver=nbd,node-name=top,server.type=unix,server.path={socket}"
+        unused = make_image(tmp_path / "unused")
+        yield [
+            stack.enter_context(
+                StorageDaemon(unused, tmp_path / f"disk{i}.sock", queues=2, layers=[layer])
+            )
+            for i in range(2)
+        ]
+
+
+def bridged(disk: StorageDaemon, *arguments: str) -> Bridge:
+    listen = disk.socket.with_name(f"{disk.socket.stem}-vm")
+    return Bridge(f"vhost-user:{disk.socket}", listen=listen, arguments=arguments)
+
+
+def check(vmm: RustVmm) -> None:
+    counts = vmm.finish()
+    assert counts["writes"] > 100 and counts["verified"] == counts["reads"] > 100, counts
+
+
+@ways
+def test_nothing_happens_while_the_guest_is_paused(
+    slow: list[StorageDaemon], tmp_path: Path, arguments: list[str]
+) -> None:
+    chance = random.Random(20261127)
+    with bridged(slow[0], *arguments) as bridge, RustVmm(bridge.listen, queues=2) as vmm:
+        for _ in range(10):
+            time.sleep(chance.uniform(0, 0.05))
+            vmm.tell("pause")
+            assert bridge.status().state == "suspended"
+            before = (tmp_path / "image").read_bytes()
+            time.sleep(0.05)
+            assert bridge.status().state == "suspended"
+            assert (tmp_path / "image").read_bytes() == before
+            vmm.tell("resume")
+        check(vmm)
+
+
+@pytest.mark.soak
+@ways
+def test_guest_moves_with_its_requests_in_flight(
+    slow: list[StorageDaemon], arguments: list[str]
+) -> None:
+    """Without GET_VRING_BASE: what is not done when it pauses is found behind the base."""
+    with (
+        bridged(slow[0], *arguments) as one,
+        bridged(slow[1], *arguments) as other,
+        RustVmm(one.listen, queues=2) as vmm,
+    ):
+        for _ in range(ROUNDS // 4):
+            vmm.tell(f"migrate {other.listen}")
+            vmm.tell(f"migrate {one.listen}")
+        check(vmm)
+
+
+@ways
+def test_migration_that_is_cancelled_leaves_the_guest_going_on(
+    slow: list[StorageDaemon], arguments: list[str]
+) -> None:
+    with bridged(slow[0], *arguments) as bridge, RustVmm(bridge.listen, queues=2) as vmm:
+        for _ in range(3):
+            vmm.tell("cancel")
+        eventually(lambda: bridge.status().state == "running", "it runs")
+        assert not bridge.status().dirty_log
+        check(vmm)
+
+
+def test_driver_that_begins_anew(slow: list[StorageDaemon]) -> None:
+    with bridged(slow[0]) as bridge, RustVmm(bridge.listen, queues=2) as vmm:
+        for _ in range(10):
+            time.sleep(0.05)
+            vmm.tell("reset")
+        check(vmm)
+
+
+@pytest.mark.soak
+def test_daemon_is_killed_and_the_vmm_connects_anew(slow: list[StorageDaemon]) -> None:
+    """It has a buffer of the requests in flight, and says of all others that they are done."""
+    chance = random.Random(20261127)
+    with ExitStack() as stack:
+        bridge = stack.enter_context(bridged(slow[0], "--shadow"))
+        vmm = stack.enter_context(RustVmm(bridge.listen, queues=2))
+        for _ in range(ROUNDS):
+            time.sleep(chance.uniform(0, 0.2))
+            bridge.kill()
+            bridge = stack.enter_context(bridged(slow[0], "--shadow"))
+        counts = vmm.finish()
+    assert counts["verified"] == counts["reads"] > 100 and counts["writes"] > 100, counts
+    assert counts["reconnected"] >= ROUNDS // 2
