@@ -18,6 +18,7 @@ from tests.peers.bridge import COMMAND, Bridge
 from tests.peers.manager import Manager
 from tests.peers.process import Process, eventually
 from tests.peers.storage import StorageDaemon, make_image
+from tests.peers.vmm import RustVmm
 from tests.vm.guest.frontend import Frontend
 from tests.vm.guest.memory import Memory
 from tests.vm.guest.vring import SplitRing
@@ -91,6 +92,25 @@ def test_restart_at_any_moment_is_a_pause(
     blkio.run(tmp_path / "vm.sock", "verify", **options)
     stop(daemon)
     blkio.verify_file(disk.image, **options)
+
+
+def test_device_whose_front_end_paused_it_stays_so(
+    disk: StorageDaemon, manager: Manager, arguments: list[str | Path], tmp_path: Path
+) -> None:
+    daemon = manager.start(*arguments)
+    with RustVmm(tmp_path / "vm.sock") as vmm:
+        time.sleep(0.1)
+        vmm.tell("pause")
+        stop(daemon)
+        before = disk.image.read_bytes()
+        daemon = manager.start(*arguments)
+        daemon.wait_for_output("taken over")
+        time.sleep(0.1)
+        assert (status(tmp_path).state, status(tmp_path).held) == ("suspended", False)
+        assert disk.image.read_bytes() == before
+        vmm.tell("resume")
+        assert vmm.finish()["verified"] > 0
+    stop(daemon)
 
 
 def test_device_that_was_suspended_stays_so(

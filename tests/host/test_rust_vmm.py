@@ -29,6 +29,12 @@ WAYS = {
 ways = pytest.mark.parametrize("arguments", WAYS.values(), ids=WAYS)
 
 
+def storage(folder: Path, number: int) -> StorageDaemon:
+    layer = f"driver=nbd,node-name=top,server.type=unix,server.path={folder / 'nbd.sock'}"
+    unused = make_image(folder / "unused")
+    return StorageDaemon(unused, folder / f"disk{number}.sock", queues=2, layers=[layer])
+
+
 @pytest.fixture
 def slow(tmp_path: Path) -> Iterator[list[StorageDaemon]]:
     """Two vhost-user-blk back-ends on one slow disk."""
@@ -39,14 +45,7 @@ def slow(tmp_path: Path) -> Iterator[list[StorageDaemon]]:
             peer(["nbdkit", "-f", "-U", str(socket), "--filter=delay", "file", image, *delays])
         )
         eventually(socket.exists, "nbdkit listens")
-        layer = f"driver=nbd,node-name=top,server.type=unix,server.path={socket}"
-        unused = make_image(tmp_path / "unused")
-        yield [
-            stack.enter_context(
-                StorageDaemon(unused, tmp_path / f"disk{i}.sock", queues=2, layers=[layer])
-            )
-            for i in range(2)
-        ]
+        yield [stack.enter_context(storage(tmp_path, number)) for number in range(2)]
 
 
 def bridged(disk: StorageDaemon, *arguments: str) -> Bridge:
@@ -75,6 +74,27 @@ def test_nothing_happens_while_the_guest_is_paused(
             assert (tmp_path / "image").read_bytes() == before
             vmm.tell("resume")
         check(vmm)
+
+
+@ways
+def test_paused_guest_stays_so_when_its_device_is_moved_or_lost(
+    slow: list[StorageDaemon], tmp_path: Path, arguments: list[str]
+) -> None:
+    with bridged(slow[0], *arguments) as bridge, RustVmm(bridge.listen, queues=2) as vmm:
+        time.sleep(0.1)
+        vmm.tell("pause")
+        before = (tmp_path / "image").read_bytes()
+        bridge.command("switch", f"vhost-user:{slow[1].socket}")
+        assert bridge.status().state == "suspended"
+        slow[1].kill()
+        eventually(lambda: bridge.status().failures == 1, "it is lost")
+        with storage(tmp_path, 1):
+            eventually(lambda: bridge.status().state == "suspended", "another one is there")
+            time.sleep(0.1)
+            assert bridge.status().state == "suspended"
+            assert (tmp_path / "image").read_bytes() == before
+            vmm.tell("resume")
+            check(vmm)
 
 
 @pytest.mark.soak
