@@ -160,13 +160,18 @@ class Bridge:
         channel = Channel(sock, FRONTEND_SPECS, replies=False, peer="front-end", trace=self.trace)
         if self._device() is None:
             await self._back_end.available()
-        async with self._lock:
-            device = self._device()
-            assert device is not None
-            if self._parting:
-                channel.close()
-                return
-            await self._waiting.load(device)
+        try:
+            async with self._lock:
+                device = self._device()
+                assert device is not None
+                if self._parting:
+                    channel.close()
+                    return
+                await self._waiting.load(device)
+        except BridgeError as error:
+            channel.close()
+            self._tell_cut_off(error)
+            return
         session = self._session_on(channel, device)
         _log.info("%s: front-end connected (pid %d)", self.name, session.peer)
         await self._serve(session)
@@ -213,6 +218,10 @@ class Bridge:
         if left:
             _log.info("%s: front-end (pid %d) left", self.name, peer)
 
+    def _tell_cut_off(self, cause: BridgeError) -> None:
+        _log.error("%s: front-end cut off: %s", self.name, cause)
+        self.journal.tell(Kind.ERROR, f"front-end cut off: {cause}", why=str(cause))
+
     # From one process to the next
 
     async def _serve_arrival(self) -> None:
@@ -220,7 +229,13 @@ class Bridge:
         if self._parting:
             return
         arrival = self._succession.take()
-        session = self._session_on(arrival.channel(self.trace), device)
+        try:
+            channel = arrival.channel(self.trace)
+        except BridgeError as error:
+            arrival.close()
+            self._tell_cut_off(error)
+            return
+        session = self._session_on(channel, device)
         await self._serve(session, partial(self._succession.take_over, arrival, session))
 
     async def part(self) -> None:
