@@ -139,7 +139,7 @@ def kill_among_packets(
     doubts = Counter(number for flying in keeper.in_doubt for number in flying)
     assert all(times <= 1 + doubts[number] for number, times in keeper.received.items())
     assert sum(map(bool, keeper.in_doubt)) > rounds / 4
-    assert len(keeper.received) > keeper.sent / 2
+    assert len(keeper.received) > keeper.sent / 10
 
 
 def test_guest_whose_daemon_is_killed_sees_a_pause_only(
