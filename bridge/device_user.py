@@ -27,7 +27,7 @@ from .absence import Absence
 from .departure import recognise
 from .incoming import Incoming, Origin, arriving, compare_features
 from .memory import MemoryTable
-from .offer import check_features
+from .offer import check_features, check_protocol
 from .stand_in import StandIn
 from .vring import FrontendVring
 
@@ -288,15 +288,16 @@ class DeviceUser:
         if not self._stand_in():
             raise TransportLost(f"the device failed: {self.device.failure}")
         check_features(device.info, self.features)
+        check_protocol(device, self.protocol)
         if self.device.hangs and not self.absence.look_again(self.memory.regions):
             self.device.fail("it hung, and which requests it has done since is not known")
             return
         await device.set_memory(self.memory.regions)
         self.absence.load(device)
-        await self._follow(device)
-        if await self.has_other_config(device):
-            self.config_changed.set()
         try:
+            await self._follow(device)
+            if await self.has_other_config(device):
+                self.config_changed.set()
             await self._recovering(self.apply)
         except BridgeError as error:
             self.absence.stays(device)

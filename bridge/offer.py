@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from vhostbridge.backends.device import Device, DeviceInfo
-from vhostbridge.backends.errors import ConfigError, PeerError
+from vhostbridge.backends.errors import ConfigError, PeerError, Unsupported
 from vhostbridge.backends.lifecycle import How
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
 from vhostbridge.backends.virtio import (
@@ -105,4 +105,17 @@ def check_features(info: DeviceInfo, features: int) -> None:
         raise PeerError(
             f"the front-end wants features that {info.target} was not offering: {names}",
             "it may have been started with another back-end: restart the guest's device",
+        )
+
+
+def check_protocol(device: Device, protocol: ProtocolFeature) -> None:
+    """Refuse a device in whose place a front-end negotiated more of the protocol.
+
+    Raises:
+        Unsupported: naming it.
+    """
+    if missing := protocol & ~offered_protocol(device):
+        raise Unsupported(
+            f"the front-end uses {missing.name}, which can't be had with {device.info.target}",
+            "start the back-end that it was before",
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.unit.fakes import RING_PACKED, FakeDevice, region, u64
+from tests.unit.fakes import LOG_ALL, RING_PACKED, FakeDevice, region, u64
 from tests.unit.frontend import (
     DEVICE_GETS,
     FEATURES,
@@ -23,6 +24,7 @@ from tests.unit.frontend import (
     connected,
     names,
 )
+from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state import DeviceState
@@ -281,3 +283,42 @@ async def test_protocol_features_are_offered_as_before(autojump_clock: MockClock
         vm.device.fail(DIED)
         assert await vm.ask(R.GET_PROTOCOL_FEATURES) == before
         assert PF.STATUS in PF(int.from_bytes(before, "little"))
+
+
+async def test_front_end_waits_on_when_a_device_does_not_take_its_log(
+    autojump_clock: MockClock,
+) -> None:
+    """It must not be left with one that nobody opens again, because it never failed."""
+    async with connected() as vm:
+        await vm.start(0)
+        await vm.ask(R.SET_LOG_BASE, struct.pack("=QQ", 64, 0), vm.memfd())
+        await vm.tell(R.SET_FEATURES, u64(FEATURES | LOG_ALL))
+        await vm.settle()
+        vm.device.fail(DIED)
+        await trio.sleep(1)
+        first = FakeDevice()
+        first.refuse["log_writes"] = PeerError("no log today")
+        await vm.session.attach(first)
+        assert first.failure == "no log today"
+        await trio.sleep(1)
+        device = await attach(vm)
+        assert device.state is State.RUNNING and device.logging == (64, {})
+
+
+async def test_device_with_less_of_the_protocol_does_not_take_the_place(
+    autojump_clock: MockClock,
+) -> None:
+    """The front-end's buffer for requests in flight would be of no use to it, for one."""
+    first = FakeDevice()
+    first.info = replace(first.info, forwards_mtu=True)
+    async with connected(first) as vm:
+        await vm.start(0, protocol=OFFER & ~PF.STATUS | PF.NET_MTU)
+        vm.device.fail(DIED)
+        await trio.sleep(1)
+        second = FakeDevice()
+        with pytest.raises(Unsupported, match=r"uses NET_MTU, which can't be had with fake:0"):
+            await vm.session.attach(second)
+        assert second.take_calls() == [] and vm.session.awaiting
+        vm.device = FakeDevice(first.info)
+        await vm.session.attach(vm.device)
+        assert vm.device.state is State.RUNNING
