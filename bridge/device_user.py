@@ -192,10 +192,12 @@ class DeviceUser:
         ran = self.device.state is State.RUNNING
         try:
             await self._stand_still()
-        except BridgeError:
+        except BaseException:
+            # Also if the operator asks no more: where it was held last is not where it is.
             if ran and self.device.state is State.SUSPENDED:
                 # Not the device's ``resume``: it knows of vrings that the front-end has stopped.
-                await self.apply()
+                with trio.CancelScope(shield=True):
+                    await self.apply()
             raise
         self.held = True
 

@@ -112,6 +112,34 @@ async def test_a_hold_that_fails_lets_only_vrings_go_on_that_ran(autojump_clock:
         assert list(vm.device.rings) == [0]
 
 
+async def test_a_suspend_that_nobody_waits_for_any_more_holds_nothing(
+    autojump_clock: MockClock,
+) -> None:
+    """Else the device, should it fail, would be taken to be where it was held last: long ago."""
+    operator = trio.CancelScope()
+
+    class Slow(FakeDevice):
+        async def full_config(self) -> bytes:
+            if self.bases[0] == 9:
+                operator.cancel()
+            return await super().full_config()
+
+    async with connected(Slow()) as vm:
+        await vm.start(0)
+        await vm.session.hold()
+        await vm.session.release()
+        vm.device.bases[0] = 9
+        publish(vm, 0, available=9, used=9)
+        with operator:
+            await vm.session.hold()
+        assert vm.device.state is State.RUNNING and not vm.session.held
+        vm.device.fail("its process died")
+        await trio.sleep(1)
+        vm.device = FakeDevice()
+        await vm.session.attach(vm.device)
+        assert vm.device.bases == {0: 9}
+
+
 async def test_a_resume_that_is_refused_stays_held(autojump_clock: MockClock) -> None:
     async with connected() as vm:
         await vm.start(0)
