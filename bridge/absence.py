@@ -116,14 +116,17 @@ class Absence:
         """Load it into ``device``, if that is another one than it was of.
 
         Raises:
-            BridgeError: it does not fit, or was refused; it is given up.
+            BridgeError: it does not fit, or was refused; it is given up, and the device FAILED.
         """
         if self.copy is None or self.copy.device is device:
             return
         try:
             await self.copy.load(device)
-        except BridgeError:
+        except BridgeError as error:
+            # Nobody may go on without it.
             self.keep_copy(None)
+            self.state = None
+            device.fail(str(error))
             raise
         self.copy.device = device
 

@@ -11,8 +11,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.unit.fakes import OWN, Stateful, u64
-from tests.unit.frontend import OFFER, PF, FrontEnd, connected
+from tests.unit.fakes import OWN, Stateful, device_info, u64
+from tests.unit.frontend import OFFER, PF, FrontEnd, connected, names
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.lifecycle import State
@@ -266,3 +266,41 @@ async def test_state_that_the_next_back_end_refuses_ends_the_session() -> None:
         vm.device = second
         await vm.set_ring(0, base=0)
         await vm.lost()
+
+
+class Smaller(Stateful):
+    """It has no room for the vrings of the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.info = device_info(vring_size_max=128)
+        self.own = b""
+
+
+async def test_back_end_that_does_not_fit_the_state_does_not_run_without_it() -> None:
+    """Nor does the one after it: what it knew of its guest's files is in the state."""
+    async with connected(Stateful()) as vm:
+        await vm.start(0, protocol=PROTOCOL | PF.STATUS)
+        await vm.ack(R.SET_STATUS, u64(0xF))
+        await vm.base(0)
+        await vm.ack(R.SET_STATUS, u64(0))
+        await save(vm)
+        vm.device.fail("its process ended")
+        assert await vm.ask(R.CHECK_DEVICE_STATE) == u64(0)
+        second = Smaller()
+        await vm.session.attach(second)
+        await vm.set_ring(0, base=0, size=128)
+        await vm.send(R.SET_STATUS, u64(0xF), flags=0x9)
+        assert "does not fit" in str(await vm.lost())
+        assert second.failed.is_set() and "run" not in names(second.calls)
+        vm.device = second
+
+
+async def test_next_back_end_does_not_run_without_a_state_that_was_given_up() -> None:
+    async with connected(Stateful()) as vm:
+        await gone_after_saving(vm)
+        await start_again(vm)
+        vm.device = Smaller()
+        await vm.session.attach(vm.device)
+        assert "does not fit" in str(await vm.lost())
+        assert not vm.session.awaiting
