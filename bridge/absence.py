@@ -35,6 +35,8 @@ class Absence:
         #: ``None`` if nobody knows where it was.
         self.state: DeviceState | None = None
         self.config = config
+        # What of it is not the device's own (``ShadowDevice.shown``).
+        self._shown: Mapping[int, bytes] = {}
         # Whose failure has been looked at.
         self._device: Device | None = None
         # Shadow vrings of a device that is gone, and whether the next one has got them.
@@ -55,6 +57,7 @@ class Absence:
         if self._device is not device:
             self._device = device
             if isinstance(device, ShadowDevice):
+                self._shown = device.shown
                 # Its guest may be elsewhere before there is another one.
                 with suppress(PeerError):
                     device.mark_written()
@@ -102,7 +105,7 @@ class Absence:
                 "where the device was when it failed can't be handed over",
                 "the front-end is cut off and may connect anew",
             )
-        return self.state
+        return replace(self.state, config=self.config)
 
     # Its state, which the front-end was given
 
@@ -201,7 +204,12 @@ class Absence:
         return moved is not None
 
     def load(self, device: Device) -> None:
-        """Let ``device``, which is RESET, go on from there; not if it has state of its own."""
+        """Let ``device``, which is RESET, go on from there; not if it has state of its own.
+
+        In any case it shows the configuration that the driver has read.
+        """
+        if isinstance(device, ShadowDevice):
+            device.shown = self._shown
         state = self.state
         if state is None or state.internal_owner is not None or not state.vrings:
             return

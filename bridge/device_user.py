@@ -324,6 +324,8 @@ class DeviceUser:
         self._paused = self._none_enabled and ProtocolFeature.STATUS not in self.protocol
         if self._stands_still:
             self.absence.state = await self.device.capture()
+        if await self.has_other_config(self.device):
+            self.config_changed.set()
         await self._recovering(self.apply)
 
     async def move_to(self, device: Device) -> None:

@@ -17,7 +17,7 @@ from tests.unit.frontend import OFFER, PF, FrontEnd, connected, ring, shared_fil
 from vhostbridge.backends.errors import BridgeError, StateError
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.lifecycle import State
-from vhostbridge.backends.vhostuser.messages import Request
+from vhostbridge.backends.vhostuser.messages import BackendRequest, Request
 from vhostbridge.bridge import handover, handover_facts
 from vhostbridge.bridge.handlers import HANDLERS
 from vhostbridge.bridge.handover import Arrival, pack, unpack
@@ -90,6 +90,45 @@ async def test_configuration_is_answered_still_when_the_next_device_goes_away() 
             with trio.fail_after(2):
                 assert await vm.ask(Request.GET_CONFIG, wanted) == before
             nursery.cancel_scope.cancel()
+        arrival.close()
+        await empty(vm.device)
+
+
+async def test_configuration_is_known_still_when_the_device_was_away_at_the_end() -> None:
+    wanted = struct.pack("=III", 0, 60, 0) + bytes(60)
+    async with connected(OnVdpa()) as vm:
+        await vm.start(0)
+        before = await vm.ask(Request.GET_CONFIG, wanted)
+        vm.device.fail("its process died")
+        await vm.settle()
+        arrival = Arrival(await leave(vm))
+        found = await arrival.state()
+        assert found is not None
+        state, stream = found
+        stream.close()
+        assert state.config == before[12:]
+        arrival.close()
+
+
+async def test_driver_is_told_of_what_changed_between_two_processes() -> None:
+    """Nobody listened when the disk became larger."""
+    wanted = struct.pack("=III", 0, 60, 0) + bytes(60)
+    async with connected(OnVdpa()) as vm:
+        await vm.start(0)
+        reverse = await vm.reverse()
+        await vm.ask(Request.GET_CONFIG, wanted)
+        arrival = Arrival(await leave(vm))
+        other = OnVdpa()
+        other.config = b"\xff" * 8 + other.config[8:]
+        session = Session("vm", arrival.channel(), other, HANDLERS)
+        await unpack(arrival, session, Pauses())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.run)
+            with trio.fail_after(2):
+                told = await reverse.receive()
+            assert told is not None and told.request == BackendRequest.CONFIG_CHANGE_MSG
+            nursery.cancel_scope.cancel()
+        reverse.close()
         arrival.close()
         await empty(vm.device)
 

@@ -322,3 +322,30 @@ async def test_device_with_less_of_the_protocol_does_not_take_the_place(
         vm.device = FakeDevice(first.info)
         await vm.session.attach(vm.device)
         assert vm.device.state is State.RUNNING
+
+
+async def test_driver_sees_of_the_next_device_what_it_has_read_before(
+    autojump_clock: MockClock,
+) -> None:
+    """It was moved here from a device with less, and may have to go back there."""
+    devices = [ShadowDevice(FakeDevice()) for _ in range(2)]
+    devices[0].shown = {4: b"\xee"}
+    async with connected(cast(FakeDevice, devices[0])) as vm:
+        await vm.set_up(protocol=OFFER & ~PF.STATUS)
+        await vm.set_ring(0)
+        await vm.enable(0)
+        await vm.settle()
+        reverse = await vm.reverse()
+        before = await vm.ask(R.GET_CONFIG, CONFIG)
+        assert before[12 + 4] == 0xEE
+        devices[0].fail(DIED)
+        await trio.sleep(1)
+        await vm.session.attach(devices[1])
+        assert await vm.ask(R.GET_CONFIG, CONFIG) == before
+        with trio.move_on_after(1) as waited:
+            await reverse.receive()
+        assert waited.cancelled_caught
+        reverse.close()
+        vm.device.fail("not it")
+    for device in devices:
+        await device.aclose()
