@@ -109,6 +109,8 @@ class Passage:
         rings = await self._make_rings(features, vrings, iova)
         try:
             rings.set_log(self.log, self.used_logs)
+            # Before the device runs: what it does then can't be taken back.
+            await trio.to_thread.run_sync(rings.prepare)
             await self._device.set_memory([*self.memory, rings.region])
             await self._device.run(rings.features, rings.setups)
             # Before the start: ``watch`` may look as soon as the first one breaks.
@@ -162,7 +164,14 @@ class Passage:
             await self._device.suspend()
             await trio.to_thread.run_sync(rings.stop)
             rings.settle(leave=leave)
-        except BridgeError:
+        except BridgeError as error:
+            await self._go_on(rings, error)
+            raise
+        return dict(rings.vrings)
+
+    # After a suspend that failed. If this fails too, another device goes on with what is in flight.
+    async def _go_on(self, rings: ShadowRings, error: BridgeError) -> None:
+        try:
             if self._device.state is State.SUSPENDED:
                 # Of other vrings, which stopped before, the device has only the places.
                 again = [replace(vring, base=None) for vring in rings.setups]
@@ -170,8 +179,8 @@ class Passage:
             if self._device.state is State.RUNNING:
                 await trio.to_thread.run_sync(rings.stop)
                 await trio.to_thread.run_sync(rings.start)
-            raise
-        return dict(rings.vrings)
+        except BridgeError as second:
+            self._device.fail(f"{error}; going on failed too: {second}")
 
     async def end(self) -> None:
         """Give up the vrings of a device that stands still, if there are any."""

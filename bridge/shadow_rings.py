@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -240,14 +240,25 @@ class ShadowRings:
             self.replace_eventfd(vring.index, vring)
             lib.vb_shadow_renew(shadow.handle, shadow.device.descriptor_area, broken.fileno())
 
+    def prepare(self) -> None:
+        """Make the threads, so that ``start`` can't fail. Nothing is relayed yet.
+
+        Raises:
+            KernelRefused: there can't be so many.
+        """
+        self._each(lib.vb_shadow_prepare)
+
     def start(self) -> None:
         """Relay, beginning with what is available, which the device has when this returns.
 
         Raises:
             KernelRefused: no thread could be made; nothing is relayed any more.
         """
+        self._each(lib.vb_shadow_start)
+
+    def _each(self, begin: Callable[[Any], int]) -> None:
         for vring in self._receiving_first():
-            result = lib.vb_shadow_start(vring.handle)
+            result = begin(vring.handle)
             if result < 0:
                 self.stop()
                 raise KernelRefused("starting the thread of a shadow vring", -result)

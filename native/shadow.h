@@ -66,7 +66,10 @@ struct vb_shadow *vb_shadow_new(const struct vb_shadow_setup *setup, const struc
 				size_t count);
 void vb_shadow_free(struct vb_shadow *shadow);
 
-/* Start the thread. When it returns, what was available is in the device's vring. */
+/* Make the thread, which waits. Nothing of the vrings is touched. Idempotent. */
+int64_t vb_shadow_prepare(struct vb_shadow *shadow);
+/* Start the thread, which can't fail once it is made. When it returns, what was available is in the
+ * device's vring. */
 int64_t vb_shadow_start(struct vb_shadow *shadow);
 /* Fetch nothing more from the guest; what the device completes is still given back. When it
  * returns, the last request is in the device's vring. */

@@ -24,9 +24,11 @@ struct vb_shadow {
 	bool held; /* nothing more is fetched from the guest */
 	bool full; /* a request waits until the device completes others */
 	bool running;
+	bool waits; /* the thread is there, and was not started yet */
 	bool stop;
 	int wake; /* eventfd that makes the thread look again */
 	int wanted; /* somebody waits for the lock */
+	sem_t go;    /* posted for the thread to begin */
 	sem_t begun; /* posted after the thread's first round */
 	pthread_t thread;
 	pthread_mutex_t lock;

@@ -51,6 +51,7 @@ bool guarded(struct vb_shadow *shadow, bool (*work)(struct vb_shadow *shadow))
 bool thread_init(struct vb_shadow *shadow)
 {
 	catch_bus_errors();
+	sem_init(&shadow->go, 0, 0);
 	sem_init(&shadow->begun, 0, 0);
 	shadow->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	return shadow->wake >= 0;
@@ -61,6 +62,7 @@ void thread_free(struct vb_shadow *shadow)
 	if (shadow->wake >= 0)
 		close(shadow->wake);
 	sem_destroy(&shadow->begun);
+	sem_destroy(&shadow->go);
 }
 
 static struct timespec patience(void)
@@ -149,8 +151,13 @@ static void *run(void *argument)
 {
 	struct vb_shadow *shadow = argument;
 	struct pollfd fds[SOURCES] = {{.fd = -1}, {.fd = -1}, {.fd = -1}};
-	bool more = false, going = work_locked(shadow, fds, &more);
+	bool more = false, going;
 
+	while (sem_wait(&shadow->go) < 0)
+		continue;
+	if (shadow->stop)
+		return NULL;
+	going = work_locked(shadow, fds, &more);
 	sem_post(&shadow->begun);
 	while (going) {
 		if (!more)
@@ -171,25 +178,43 @@ static void wait_begun(struct vb_shadow *shadow)
 	}
 }
 
-int64_t vb_shadow_start(struct vb_shadow *shadow)
+int64_t vb_shadow_prepare(struct vb_shadow *shadow)
 {
 	sigset_t all, before;
 	int result;
 
+	if (shadow->running)
+		return 0;
 	/* Python's signal handlers run in its own threads. */
 	sigfillset(&all);
 	sigdelset(&all, SIGBUS);
 	make_interruptible(&all);
 	shadow->held = shadow->stop = false;
-	shadow->running = true;
+	shadow->running = shadow->waits = true;
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	result = pthread_create(&shadow->thread, NULL, run, shadow);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	if (result)
-		shadow->running = false;
-	else
-		wait_begun(shadow);
+		shadow->running = shadow->waits = false;
 	return -result;
+}
+
+static void let_go(struct vb_shadow *shadow)
+{
+	if (shadow->waits)
+		sem_post(&shadow->go);
+	shadow->waits = false;
+}
+
+int64_t vb_shadow_start(struct vb_shadow *shadow)
+{
+	int64_t result = vb_shadow_prepare(shadow);
+
+	if (result || !shadow->waits)
+		return result;
+	let_go(shadow);
+	wait_begun(shadow);
+	return 0;
 }
 
 void vb_shadow_hold(struct vb_shadow *shadow)
@@ -207,6 +232,7 @@ int64_t vb_shadow_stop(struct vb_shadow *shadow)
 	shadow->held = true;
 	shadow->stop = true;
 	shadow_unlock(shadow);
+	let_go(shadow);
 	pthread_join(shadow->thread, NULL);
 	shadow->running = false;
 	while (guarded(shadow, shadow_round))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import select
@@ -9,6 +10,7 @@ import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -17,15 +19,16 @@ import trio
 from tests.unit import scripted
 from tests.unit.fakes import FakeDevice, eventfd, memfd
 from vhostbridge.backends.dirty_log import DirtyLog
-from vhostbridge.backends.errors import Unsupported
+from vhostbridge.backends.errors import KernelRefused, Unsupported
 from vhostbridge.backends.fds import OwnedFd, signal_eventfds
 from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.lifecycle import Ability, How, State
 from vhostbridge.backends.vhostuser.messages import Request
-from vhostbridge.bridge import passage
+from vhostbridge.bridge import passage, shadow_rings
 from vhostbridge.bridge.shadow import ShadowDevice
 from vhostbridge.bridge.shadow_rings import ShadowRings
 from vhostbridge.bridge.tracking import Tracking
+from vhostbridge.native import lib
 
 MEMORY = 0x10000
 BUSY = Unsupported("requests did not finish")
@@ -307,3 +310,66 @@ async def test_shadow_vrings_let_go_of_a_log_that_the_device_has_trouble_with(
         os.pwrite(guest.log.fd.fileno(), bytes(2), 0)
         await complete(guest, inner)
         assert os.pread(guest.log.fd.fileno(), 2, 0) == bytes(2)
+
+
+async def test_device_that_can_not_go_on_after_a_suspend_that_failed_has_failed(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in flight is for the next one. Else the next run would give it up."""
+    async with scripted.connected() as (inner, backend):
+        device = ShadowDevice(inner, Tracking.AUTO, always=True)
+        await device.set_memory([guest.region])
+        await device.run(0, [guest.vring(0)])
+        monkeypatch.setattr(ShadowRings, "settle", Mock(side_effect=BUSY))
+        backend.answers[Request.SET_VRING_NUM] = scripted.refuse
+        with pytest.raises(Unsupported, match="did not finish"):
+            await device.suspend()
+        assert device.state is State.FAILED
+        assert device.failure.startswith("requests did not finish; going on failed too: ")
+        rings = device.hand_over()
+        assert rings is not None
+        rings.close()
+        await device.aclose()
+
+
+class FewThreads:
+    """The kernel makes one only; when it refuses the second, the device has used the first's."""
+
+    def __init__(self, done: Callable[[], None]) -> None:
+        self._made: set[object] = set()
+        self._done = done
+
+    def __getattr__(self, name: str) -> Any:
+        def make(handle: object) -> int:
+            self._made.add(handle)
+            if len(self._made) < 2:
+                return int(getattr(lib, name)(handle))
+            self._done()
+            return -errno.EAGAIN
+
+        return make if name in ("vb_shadow_prepare", "vb_shadow_start") else getattr(lib, name)
+
+
+async def test_requests_are_not_done_twice_when_there_are_no_more_threads(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = FakeDevice()
+
+    def use() -> None:
+        if len(inner.regions) == 2:
+            region, vring = inner.regions[1], inner.rings[0]
+            with mmap.mmap(region.fd.fileno(), region.size) as memory:
+                at = vring.device_area - region.guest_address
+                memory[at + 2 : at + 12] = struct.pack("<HII", 1, 0, 512)
+
+    async with running(guest, inner) as device:
+        second = replace(guest.vring(0), index=1, driver_area=0x4000, device_area=0x5000)
+        await device.run(0, [guest.vring(0), second])
+        guest.write(0, struct.pack("<QIHH", 0x8000, 512, 2, 0))
+        guest.write(0x1000, struct.pack("<HHH", 0, 1, 0))
+        monkeypatch.setattr(shadow_rings, "lib", FewThreads(use))
+        with pytest.raises(KernelRefused, match="starting the thread"):
+            await device.log_writes(guest.log, {})
+        assert device.state is State.RUNNING and inner.regions == [guest.region]
+        (used,) = struct.unpack("<H", os.pread(guest.fd.fileno(), 2, 0x2002))
+        assert inner.rings[0].base == used
