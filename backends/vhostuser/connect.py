@@ -151,7 +151,7 @@ async def _handshake(client: Client, target: str, device_id: int | None) -> Vhos
         forwards_mtu=has(ProtocolFeature.NET_MTU),
         forwards_rarp=has(ProtocolFeature.RARP),
     )
-    return VhostUserDevice(client, info, _capabilities(offered), features, offered)
+    return VhostUserDevice(client, info, _capabilities(features, offered), features, offered)
 
 
 async def _u64(client: Client, request: Request) -> int:
@@ -160,8 +160,9 @@ async def _u64(client: Client, request: Request) -> int:
     return reply.value
 
 
-def _capabilities(offered: ProtocolFeature) -> Capabilities:
+def _capabilities(features: int, offered: ProtocolFeature) -> Capabilities:
     native = How.NATIVE
+    logs = ProtocolFeature.LOG_SHMFD in offered and features & TransportFeature.LOG_ALL.mask
     how = (
         "vring positions and the back-end's own state (DEVICE_STATE)"
         if ProtocolFeature.DEVICE_STATE in offered
@@ -176,8 +177,8 @@ def _capabilities(offered: ProtocolFeature) -> Capabilities:
         if ProtocolFeature.INFLIGHT_SHMFD in offered
         else Ability(How.NO, "the back-end does not offer INFLIGHT_SHMFD"),
         dirty_log=Ability(native, "LOG_SHMFD")
-        if ProtocolFeature.LOG_SHMFD in offered
-        else Ability(How.EMULATED, "shadow vrings: the back-end does not offer LOG_SHMFD"),
+        if logs
+        else Ability(How.EMULATED, "shadow vrings: the back-end does not log (LOG_SHMFD, LOG_ALL)"),
         memory_hotplug=Ability(native, "CONFIGURE_MEM_SLOTS")
         if ProtocolFeature.CONFIGURE_MEM_SLOTS in offered
         else Ability(How.EMULATED, f"the whole table is sent again, {MAX_REGIONS} regions at most"),

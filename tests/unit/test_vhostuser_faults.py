@@ -18,7 +18,7 @@ from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, Unsupported
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.guest import MemoryRegion, VringSetup
-from vhostbridge.backends.lifecycle import State
+from vhostbridge.backends.lifecycle import How, State
 from vhostbridge.backends.vhostuser.device import VhostUserDevice
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature, Request
 
@@ -251,6 +251,12 @@ async def test_requests_that_never_finish_leave_the_device_running(
         assert b.device.state is State.RUNNING
         assert b.backend.running == {0: USED[0], 1: USED[1] + 3}
         assert signals(b.rings[1].kick) >= 1  # type: ignore[arg-type]
+
+
+async def test_back_end_that_logs_takes_both_features_for_it() -> None:
+    """DPDK's may offer LOG_SHMFD without LOG_ALL, and marks nothing then."""
+    async with connected(OFFER | ProtocolFeature.LOG_SHMFD) as (device, _backend):
+        assert device.capabilities.dirty_log.how is How.EMULATED
 
 
 @pytest.mark.parametrize("step", [0, 1])
