@@ -289,7 +289,7 @@ class DeviceUser:
         """
         if not self._stand_in():
             raise TransportLost(f"the device failed: {self.device.failure}")
-        check_features(device.info, self.features)
+        check_features(device, self.features)
         check_protocol(device, self.protocol)
         if self.device.hangs and not self.absence.look_again(self.memory.regions):
             self.device.fail("it hung, and which requests it has done since is not known")

@@ -62,12 +62,12 @@ def _state(message: Message) -> VringState:
 
 
 async def get_features(session: Session, message: Message) -> Payload:
-    return U64(offered_features(session.device.info))
+    return U64(offered_features(session.device))
 
 
 async def set_features(session: Session, message: Message) -> None:
     features = _u64(message)
-    check_features(session.device.info, features)
+    check_features(session.device, features)
     changed = (features ^ session.features) & ~_LOG_ALL
     if changed and any(v.running for v in session.vrings.values()):
         raise PeerError("the front-end changes features while the device runs")

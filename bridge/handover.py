@@ -347,7 +347,7 @@ async def unpack(arrival: Arrival, session: Session, pauses: Pauses) -> float:
     arrival.give_to(session)
     arrival.give_pause(pauses)
     device = session.device
-    check_features(device.info, session.features)
+    check_features(device, session.features)
     missing = session.protocol & ~offered_protocol(device)
     if missing:
         raise unusable(f"the device does not go with {missing.name}, which the front-end uses")

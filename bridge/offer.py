@@ -55,9 +55,12 @@ def without(info: DeviceInfo, names: Iterable[str]) -> DeviceInfo:
     return replace(info, features=info.features & ~features)
 
 
-def offered_features(info: DeviceInfo) -> int:
-    """The answer to GET_FEATURES."""
-    return info.features & ~_HIDDEN_MASK | VHOST_ONLY_FEATURES
+def offered_features(device: Device) -> int:
+    """The answer to GET_FEATURES. A VMM that sees no LOG_ALL says so before it migrates."""
+    offer = device.info.features & ~_HIDDEN_MASK | VHOST_ONLY_FEATURES
+    if not device.capabilities.dirty_log:
+        offer &= ~TransportFeature.LOG_ALL.mask
+    return offer
 
 
 def offered_protocol(device: Device) -> ProtocolFeature:
@@ -71,8 +74,9 @@ def offered_protocol(device: Device) -> ProtocolFeature:
         | ProtocolFeature.RESET_DEVICE
         | ProtocolFeature.CONFIGURE_MEM_SLOTS
         | ProtocolFeature.STATUS
-        | ProtocolFeature.LOG_SHMFD
     )
+    if device.capabilities.dirty_log:
+        offer |= ProtocolFeature.LOG_SHMFD
     # A device without state of its own needs no more than the VMM carries anyway, and a VMM that
     # carries it could not go to a back-end that takes none.
     if device.internal_owner is not None:
@@ -93,17 +97,17 @@ def offered_protocol(device: Device) -> ProtocolFeature:
     return offer
 
 
-def check_features(info: DeviceInfo, features: int) -> None:
+def check_features(device: Device, features: int) -> None:
     """Refuse features that were not offered.
 
     Raises:
         PeerError: naming them.
     """
-    extra = features & ~offered_features(info)
+    extra = features & ~offered_features(device)
     if extra:
-        names = ", ".join(feature_names(extra, info.device_id))
+        names = ", ".join(feature_names(extra, device.info.device_id))
         raise PeerError(
-            f"the front-end wants features that {info.target} was not offering: {names}",
+            f"the front-end wants features that {device.info.target} was not offering: {names}",
             "it may have been started with another back-end: restart the guest's device",
         )
 

@@ -16,6 +16,7 @@ import pytest
 from tests.peers import migration
 from tests.peers.bridge import Bridge
 from tests.peers.guest import Guest, vhost_user_blk
+from tests.peers.qmp import QmpError
 from tests.peers.storage import StorageDaemon, make_image
 from tests.rig.layer import newer_qemu
 
@@ -147,6 +148,17 @@ def test_destination_that_dies_leaves_the_guest_running(
         begin_load(source)
         with hosts[1].guest(incoming=True) as destination:
             migration.break_off(source, destination, tmp_path / "migration", "failed")
+        check_load(source, hosts[0].image)
+
+
+@pytest.mark.parametrize("hosts", ["refuse"], indirect=True)
+def test_refused_migration_does_not_begin(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """QEMU says why, and the guest has no pause."""
+    with hosts[0].guest(incoming=False) as source:
+        begin_load(source)
+        with pytest.raises(QmpError, match=r"Migration disabled: .*LOG_SHMFD"):
+            source.qmp.execute("migrate", uri=f"unix:{tmp_path / 'migration'}")
+        assert source.qmp.execute("query-status")["status"] == "running"
         check_load(source, hosts[0].image)
 
 

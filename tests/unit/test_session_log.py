@@ -162,6 +162,20 @@ async def test_front_end_that_leaves_ends_the_log(autojump_clock: MockClock) -> 
     assert device.logging == (None, {})
 
 
+async def test_front_end_is_offered_no_log_where_that_is_to_be_refused() -> None:
+    """QEMU says so then before it migrates; a bridge before ours would rely on it."""
+    async with (
+        with_shadow(inner := FakeDevice(), Tracking.REFUSE) as device,
+        connected(cast(FakeDevice, device)) as vm,
+    ):
+        vm.device = inner
+        assert not int.from_bytes(await vm.ask(R.GET_FEATURES), "little") & LOG_ALL
+        offer = PF(int.from_bytes(await vm.ask(R.GET_PROTOCOL_FEATURES), "little"))
+        assert offer == OFFER & ~PF.LOG_SHMFD
+        await vm.send(R.SET_FEATURES, u64(FEATURES | LOG_ALL))
+        assert "was not offering: LOG_ALL" in str(await vm.lost())
+
+
 async def test_device_that_can_not_log_refuses_and_goes_on(autojump_clock: MockClock) -> None:
     device = FakeDevice()
     device.refuse["log_writes"] = Unsupported("it can't")
