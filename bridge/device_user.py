@@ -342,12 +342,16 @@ class DeviceUser:
             self.absence.state = await device.capture()
         await self.apply()
 
-    async def _follow(self, device: Device) -> None:
+    def belong_to(self, device: Device) -> None:
+        """Have ``device`` for this session's, whatever became of it."""
         self.device.on_config_change = lambda: None
         self.device = device
         self._listen_to_device()
         self._replaced.set()
         self._replaced = trio.Event()
+
+    async def _follow(self, device: Device) -> None:
+        self.belong_to(device)
         self.use_inflight(self.inflight)
         await self.update_log(self.log_to)
 

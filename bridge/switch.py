@@ -112,7 +112,7 @@ async def _carry(old: Device, new: Device) -> None:
 
 # The new device is stopped for good before the old one goes on; what it did meanwhile is done.
 async def _go_back(
-    old: Device,
+    old: ShadowDevice,
     new: Device,
     session: Session | None,
     regions: list[MemoryRegion],
@@ -125,6 +125,7 @@ async def _go_back(
         if old.state is State.SUSPENDED and _moved(old, regions):
             state = last_state(old, list(old.vrings), regions)
             if state is None:
+                old.at_rest = False  # and so does where they are
                 raise TransportLost("requests that the other device had taken are in doubt")
             old.load(state)
         if session.device is not old:
@@ -133,6 +134,8 @@ async def _go_back(
             await session.apply()
     except BridgeError as second:
         old.fail(f"after a switch that failed ({error}) it can't go on: {second}")
+        # Its failure is the session's to notice; the new one is closed.
+        session.belong_to(old)
 
 
 def _moved(old: Device, regions: list[MemoryRegion]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import pytest
@@ -63,3 +63,39 @@ async def test_packed_vring_that_the_other_device_moved_on_is_not_gone_back_to(
                 await switch(cast(ShadowDevice, vm.device), new, vm.session, SwitchReport())
         assert vm.device.state is (State.FAILED if done else State.RUNNING)
         assert ("in doubt" in vm.device.failure) == done
+
+
+class Broken(FakeDevice):
+    """A device that has ``done`` something when it refuses, and is not sound any more."""
+
+    def __init__(self, done: Callable[[], None]) -> None:
+        super().__init__()
+        self._done = done
+
+    async def run(self, features: int, vrings: Sequence[VringSetup]) -> None:
+        self._done()
+        raise PeerError("refused vring 1")
+
+
+@pytest.mark.parametrize("always", [False, True])
+async def test_front_end_is_cut_off_when_requests_are_in_doubt(*, always: bool) -> None:
+    """It was left with the new device, which is closed, and waited for ever. Nor does a device that
+    comes after all begin where the first one stood still."""
+    old = ShadowDevice(first := FakeDevice(), always=always)
+
+    def use_one_of_two() -> None:
+        at = 0x10000
+        os.pwrite(vm.memory.fileno(), struct.pack("<HHHH", 0, 2, 0, 1), at + 0x1000)
+        os.pwrite(vm.memory.fileno(), struct.pack("<HHII", 0, 1, 1, 0), at + 0x2000)
+
+    async with connected(cast(FakeDevice, old)) as vm:
+        await vm.set_up(protocol=OFFER & ~PF.STATUS)
+        await vm.set_ring(0)
+        await vm.enable(0)
+        await vm.settle()
+        new = ShadowDevice(Broken(use_one_of_two))
+        with pytest.raises(PeerError, match="refused vring 1"):
+            await switch(old, new, vm.session, SwitchReport())
+        assert "are in doubt" in str(await vm.lost())
+        vm.device = first
+    await old.aclose()
