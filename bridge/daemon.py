@@ -6,7 +6,7 @@ import logging
 import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
 import trio
@@ -63,6 +63,7 @@ async def serve(config: DaemonConfig, again: Callable[[], DaemonConfig] | None =
     keeper = Keeper(notifier)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     with (
+        closing(keeper),
         trio.open_signal_receiver(*numbers) as signals,
         Tracing(config.trace, config.trace_limit) as tracing,
     ):
@@ -108,6 +109,8 @@ class _Daemon:
         self._notifier = notifier
         self._keeper = keeper
         self._running: dict[str, _Running] = {}
+        # Bridges that are being started: a back-end may keep them waiting.
+        self._starting: dict[str, Bridge] = {}
         self._reloading = trio.Lock()
         self.bridges: dict[str, Bridge] = {}
         self.events = Events()
@@ -145,7 +148,11 @@ class _Daemon:
             finally:
                 one.ended.set()
 
-        await self._nursery.start(run)
+        self._starting[config.name] = bridge
+        try:
+            await self._nursery.start(run)
+        finally:
+            del self._starting[config.name]
         self._running[config.name] = one
         self.bridges[config.name] = bridge
         self._tell(Kind.BRIDGE_ADDED, config.backend, bridge=config.name)
@@ -181,9 +188,10 @@ class _Daemon:
 
     # The next process goes on with the front-ends. If there is none the service manager hangs up.
     async def _part(self) -> None:
+        self._keeper.keep_again()
         with trio.move_on_after(PARTING):
             async with trio.open_nursery() as nursery:
-                for bridge in self.bridges.values():
+                for bridge in (*self.bridges.values(), *self._starting.values()):
                     nursery.start_soon(bridge.part)
         await self._notifier.settled()
 

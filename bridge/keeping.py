@@ -106,6 +106,17 @@ class Keeper:
         """Let a state that waits for a front-end outlive this process; False if it can't."""
         return self._notifier.keep(f"{_STATE}{origin}.{name}", fd.fileno())
 
+    def keep_again(self) -> None:
+        """Let what no bridge has asked for yet outlive this process too; no bridge gets it here."""
+        for name, fd in self.sessions.items():
+            with fd:
+                self.keep_session(name, fd)
+        for name, (origin, fd) in self.states.items():
+            with fd:
+                self.keep_state(name, origin, fd)
+        self.sessions.clear()
+        self.states.clear()
+
     def drop_unused(self) -> None:
         """Close what no bridge asked for."""
         for path, one in self._listening.items():

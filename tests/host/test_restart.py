@@ -357,6 +357,33 @@ def test_front_end_waits_for_a_back_end_that_is_not_there_yet(
     blkio.verify_file(disk.image, **options)
 
 
+def test_front_end_goes_on_after_a_process_that_was_ended_before_it_was_ready(
+    disk: StorageDaemon, manager: Manager, arguments: list[str | Path], tmp_path: Path
+) -> None:
+    """It waited for a back-end that does not answer."""
+    options: dict[str, object] = {"size": SIZE, "state": tmp_path / "state", "seed": 37}
+    hanging: list[str | Path] = [*arguments]
+    hanging[3] = f"vhost-user:{tmp_path / 'hanging.sock'}"
+    daemon = manager.start(*arguments)
+    blkio.run(tmp_path / "vm.sock", "fill", **options)
+    with blkio.start(tmp_path / "vm.sock", "write-read", depth=8, seconds=2, **options) as client:
+        client.wait_for_output(blkio.RUNNING)
+        stop(daemon)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp_path / "hanging.sock"))
+            listener.listen()
+            listener.settimeout(20)
+            daemon = manager.begin(*hanging)
+            connection, _ = listener.accept()
+            with connection:
+                assert "front-end handed over as it came" in stop(daemon)
+        daemon = manager.start(*arguments)
+        daemon.wait_for_output("taken over, pause ")
+        blkio.finish(client)
+        stop(daemon)
+    blkio.verify_file(disk.image, **options)
+
+
 def test_socket_unit_starts_with_the_first_front_end(
     disk: StorageDaemon, manager: Manager, arguments: list[str | Path], tmp_path: Path
 ) -> None:

@@ -81,6 +81,18 @@ class Manager:
         """Start `vhost-bridge serve` with all that it is to inherit; return when it is ready."""
         with self._changed:
             count = self._ready
+        process = self.begin(*arguments)
+        try:
+            with self._changed:
+                assert self._changed.wait_for(lambda: self._ready > count, 30), process.output
+        except BaseException:
+            process.kill()
+            raise
+        return process
+
+    def begin(self, *arguments: str | Path) -> Process:
+        """The same, and return at once."""
+        with self._changed:
             given = [*self.sockets, *self.store]
         names = ":".join(name for name, _ in given)
         fds = [fd for _, fd in given]
@@ -89,14 +101,7 @@ class Manager:
             *(COMMAND, "serve", *arguments),
         ]
         env = {**ENVIRONMENT, "NOTIFY_SOCKET": str(self.path), "FDSTORE": "100"}
-        process = Process(argv, name="vhost-bridge", pass_fds=fds, env=env)
-        try:
-            with self._changed:
-                assert self._changed.wait_for(lambda: self._ready > count, 30), process.output
-        except BaseException:
-            process.kill()
-            raise
-        return process
+        return Process(argv, name="vhost-bridge", pass_fds=fds, env=env)
 
     @property
     def _ready(self) -> int:

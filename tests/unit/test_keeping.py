@@ -98,6 +98,21 @@ def test_state_is_forgotten_as_soon_as_it_is_there(first: int) -> None:
         os.fstat(first)
 
 
+def test_what_no_bridge_has_asked_for_is_for_the_next_process(first: int) -> None:
+    """This one ends while it still starts; a bridge that begins now must not read it."""
+    with OwnedFd(os.memfd_create("x")) as file:
+        for number in (first, first + 1):
+            os.dup2(file.fileno(), number)
+    told = Told()
+    keeper = Keeper(told, environment("session.vm1", "state.KEPT.vm2"))
+    keeper.keep_again()
+    assert told.told[2:] == ["keep session.vm1", "keep state.KEPT.vm2"]
+    assert (keeper.sessions, keeper.states) == ({}, {})
+    for number in (first, first + 1):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(number)
+
+
 def test_descriptors_for_another_process_are_not_ours(tmp_path: Path, first: int) -> None:
     listening(tmp_path / "a", first)
     keeper = Keeper(Told(), environment("a", pid=os.getpid() + 1))
