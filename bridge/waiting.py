@@ -100,13 +100,16 @@ class Waiting:
             _log.info("%s: the waiting state is handed over", self._name)
             self.incoming = None
 
-    # As it came, if no device has taken it.
+    # As it came, if no device has taken it. A device is asked only for what it alone has: it may be
+    # about to end, too.
     async def _pack(self, device: Device | None, state: DeviceState) -> OwnedFd:
         if self._stream is not None:
             return self._stream.dup()
-        if device is None and state.internal_owner is not None:
+        if state.internal_owner is None:
+            return await pack_state(None, state)
+        if device is None:
             raise StateError(f"what {state.internal_owner} had of it is lost")
-        return await pack_state(device, state)
+        return await pack_state(device)
 
     def _close_stream(self) -> None:
         if self._stream is not None:

@@ -78,6 +78,18 @@ async def test_where_its_device_has_gone_it_is_left_as_it_is_known() -> None:
     after.close()
 
 
+async def test_device_that_ends_with_the_process_takes_nothing_along() -> None:
+    """Both are stopped at once, and it does not answer any more."""
+    store = Store()
+    before = waiting_in(device := OnVdpa(), STATE, store, Origin.KEPT)
+    device.refuse["read_config"] = TransportLost("it ends")
+    await before.leave(device)
+    after = begins(store)
+    await after.find()
+    assert after.incoming == Incoming(STATE, Origin.KEPT)
+    after.close()
+
+
 async def test_it_waits_in_the_next_device_when_the_first_has_gone() -> None:
     waiting = waiting_in(OnVdpa(), STATE, Store(), Origin.LOADED)
     other = OnVdpa()
