@@ -36,7 +36,7 @@ def logged_ring(index: int) -> bytes:
 
 async def begin(vm: FrontEnd) -> None:
     with memfd(SIZE) as fd:
-        assert await vm.ask(R.SET_LOG_BASE, place(), fd) == u64(0)
+        assert await vm.ask(R.SET_LOG_BASE, place(), fd) == place()
     await vm.ack(R.SET_FEATURES, u64(FEATURES | LOG_ALL))
     await vm.ack(R.SET_VRING_ADDR, logged_ring(0))
 
@@ -64,7 +64,7 @@ async def test_log_that_is_sent_again_takes_the_place_of_the_first(
         await begin(vm)
         vm.device.take_calls()
         with memfd(2 * SIZE) as fd:
-            assert await vm.ask(R.SET_LOG_BASE, place(2 * SIZE), fd) == u64(0)
+            assert await vm.ask(R.SET_LOG_BASE, place(2 * SIZE), fd) == place(2 * SIZE)
         assert vm.device.take_calls() == [("log_writes", 2 * SIZE, {0: USED_AT})]
 
 
@@ -82,7 +82,7 @@ async def test_log_that_a_dying_device_does_not_take_is_for_the_next_one(
         await vm.start(0)
         await begin(vm)
         with memfd(2 * SIZE) as fd:
-            assert await vm.ask(R.SET_LOG_BASE, place(2 * SIZE), fd) == u64(0)
+            assert await vm.ask(R.SET_LOG_BASE, place(2 * SIZE), fd) == place(2 * SIZE)
         vm.device = FakeDevice()
         await vm.session.attach(vm.device)
         assert vm.device.logging == (2 * SIZE, {0: USED_AT})
@@ -140,7 +140,7 @@ async def test_what_a_lost_device_wrote_is_logged_where_all_memory_counts_as_wri
         lost.take_calls = inner.take_calls  # type: ignore[attr-defined]
         await vm.start(0)
         log = vm.memfd(SIZE)
-        assert await vm.ask(R.SET_LOG_BASE, place(), log) == u64(0)
+        assert await vm.ask(R.SET_LOG_BASE, place(), log) == place()
         await vm.ack(R.SET_FEATURES, u64(FEATURES | LOG_ALL))
         assert os.pread(log.fileno(), SIZE, 0) == bytes(SIZE)
         if not known:
@@ -182,7 +182,7 @@ async def test_device_that_can_not_log_refuses_and_goes_on(autojump_clock: MockC
     async with connected(device) as vm:
         await vm.start(0)
         with memfd(SIZE) as fd:
-            assert await vm.ask(R.SET_LOG_BASE, place(), fd) == u64(0)
+            assert await vm.ask(R.SET_LOG_BASE, place(), fd) == place()
         await vm.nack(R.SET_FEATURES, u64(FEATURES | LOG_ALL))
         assert device.state is State.RUNNING
         await begin(vm)
@@ -192,7 +192,7 @@ async def test_log_that_is_too_small_is_refused(autojump_clock: MockClock) -> No
     async with connected() as vm:
         await vm.start(0)
         with memfd(SIZE) as fd:
-            assert await vm.ask(R.SET_LOG_BASE, place(1), fd) == u64(0)
+            assert await vm.ask(R.SET_LOG_BASE, place(1), fd) == place(1)
         await vm.nack(R.SET_FEATURES, u64(FEATURES | LOG_ALL))
         assert vm.device.take_calls() == []
 

@@ -2,7 +2,10 @@
 //! (virtio-devices/src/vhost_user there), with the library it uses.
 
 use std::fs::File;
+use std::io::Read;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{
@@ -10,10 +13,9 @@ use vhost::vhost_user::message::{
     VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{
-    VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData,
-};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::disk::{Queue, SIZE};
 use crate::memory::{Memory, PAGE};
@@ -186,13 +188,23 @@ impl Device {
     /// The pages that were written since the last time: those of a log that is not used any more.
     pub fn swap_log(&mut self, memory: &Memory) -> Result<Vec<usize>> {
         let log = Log::new(memory);
-        let region = VhostUserDirtyLogRegion {
-            mmap_size: log.size as u64,
-            mmap_offset: 0,
-            mmap_handle: log.file.as_raw_fd(),
-        };
-        self.vu.set_log_base(0, Some(region))?;
+        self.set_log_base(&log);
         Ok(self.log.replace(log).map_or(Vec::new(), |old| old.pages()))
+    }
+
+    /// As the library does it since its version 0.16, which cloud-hypervisor has and Debian not:
+    /// the reply is the description of the log, and it waits for the whole of it.
+    fn set_log_base(&self, log: &Log) {
+        let mut message = [6_u32, 0x9, 16].map(u32::to_ne_bytes).concat();
+        message.extend((log.size as u64).to_ne_bytes());
+        message.extend([0; 8]);
+        let stream = unsafe { UnixStream::from_raw_fd(self.vu.as_raw_fd()) };
+        let mut stream = ManuallyDrop::new(stream);
+        stream.send_with_fd(&message[..], log.file.as_raw_fd()).expect("SET_LOG_BASE");
+        message[4] = 0x5;
+        let mut reply = [0; 28];
+        stream.read_exact(&mut reply).expect("SET_LOG_BASE");
+        assert_eq!(reply[..], message[..]);
     }
 
     /// Connect anew, with the requests in flight that the buffer tells of.
