@@ -41,7 +41,7 @@ from .dispatch import Handler
 from .incoming import Origin
 from .inflight import get_inflight_fd, set_inflight_fd
 from .memory import guest_region, table_of
-from .offer import check_features, offered_features, offered_protocol
+from .offer import check_features, offered_features, offered_protocol, told_queues
 from .session import Session
 from .vring import FrontendVring
 
@@ -103,7 +103,7 @@ async def set_protocol_features(session: Session, message: Message) -> None:
 
 
 async def get_queue_num(session: Session, message: Message) -> Payload:
-    return U64(session.device.info.queue_num)
+    return U64(told_queues(session.device, session.protocol))
 
 
 async def get_max_mem_slots(session: Session, message: Message) -> Payload:

@@ -14,6 +14,7 @@ from vhostbridge.backends.virtio import (
     VHOST_ONLY_FEATURES,
     BlockFeature,
     DeviceId,
+    NetFeature,
     TransportFeature,
     feature_names,
     parse_features,
@@ -95,6 +96,18 @@ def offered_protocol(device: Device) -> ProtocolFeature:
     if info.forwards_rarp:
         offer |= ProtocolFeature.RARP
     return offer
+
+
+def told_queues(device: Device, protocol: ProtocolFeature) -> int:
+    """The answer to GET_QUEUE_NUM. Of a network device QEMU wants to know how many pairs of vrings
+    there are. cloud-hypervisor, crosvm and OpenVMM, which do not speak STATUS, count vrings, and
+    crosvm's guest has the control vring among them.
+    """
+    info = device.info
+    if info.device_id != DeviceId.NET or ProtocolFeature.STATUS in protocol:
+        return info.queue_num
+    control = bool(info.features & NetFeature.CTRL_VQ.mask)
+    return min(2 * info.queue_num + control, info.vring_limit)
 
 
 def check_features(device: Device, features: int) -> None:

@@ -9,11 +9,13 @@ import trio
 from trio.testing import MockClock
 
 from tests.unit.fakes import (
+    DEVICE_FEATURES,
     LOG_ALL,
     RING_PACKED,
     FakeDevice,
     Frame,
     address,
+    device_info,
     region,
     signals,
     state,
@@ -38,6 +40,7 @@ from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.messages import Request as R
 
 ALL = ("set_memory", (0, MEMORY))
+CTRL_VQ = 1 << 17
 CONFIG_57 = struct.pack("=III", 0, 57, 0) + bytes(57)
 
 
@@ -214,6 +217,20 @@ async def test_cloud_hypervisor_sends_addresses_before_bases(autojump_clock: Moc
         vm.device.change_config()
         assert await reverse.receive() == Frame(2, 0x1, b"")
         reverse.close()
+
+
+async def test_queues_of_a_network_device_are_told_as_the_front_end_counts_them(
+    autojump_clock: MockClock,
+) -> None:
+    """QEMU, which speaks STATUS, counts pairs. cloud-hypervisor and OpenVMM compare the answer
+    with the number of their vrings; crosvm has as many as it is."""
+    for control, vrings in ((False, 4), (True, 5)):
+        features = DEVICE_FEATURES & ~CTRL_VQ | (CTRL_VQ if control else 0)
+        info = device_info(device_id=1, queue_num=2, vring_limit=9, features=features)
+        for protocol, queues in ((OFFER, 2), (OFFER & ~PF.STATUS, vrings)):
+            async with connected(FakeDevice(info)) as vm:
+                await vm.send(R.SET_PROTOCOL_FEATURES, u64(protocol))
+                assert await vm.ask(R.GET_QUEUE_NUM) == u64(queues)
 
 
 async def test_cloud_hypervisor_pauses_by_disabling(autojump_clock: MockClock) -> None:
