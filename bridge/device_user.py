@@ -156,7 +156,9 @@ class DeviceUser:
         self.log.info(what, self.name, ", ".join(str(v.index) for v in vrings))
 
     # cloud-hypervisor says of a vring that ran elsewhere that all requests are done: the base is
-    # the available index. For a device that holds none of them, what was not used is not done.
+    # the available index. DPDK that listens says 0 of every split vring, also of one that ran
+    # before it was connected anew. For a device that holds no requests, what was not used is not
+    # done.
     def _look_for_bases(self, vrings: list[FrontendVring]) -> None:
         fresh = self.device.state is State.RESET or self.left_behind is not None
         if not fresh or self.packed or self.inflight is not None:
@@ -164,10 +166,10 @@ class DeviceUser:
         for vring in vrings:
             setup = vring.setup(self.memory, packed=False)
             regions = self.memory.regions
-            if setup.base is None or setup.base != available_index(regions, setup):
+            if setup.base is None:
                 continue
-            used = used_index(regions, setup)
-            if (setup.base - used) % 0x10000 <= vring.size:
+            available, used = available_index(regions, setup), used_index(regions, setup)
+            if setup.base in (0, available) and (available - used) % 0x10000 <= vring.size:
                 vring.base = used
 
     # What stands in for a device gives nothing back: the next one does.

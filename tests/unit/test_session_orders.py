@@ -304,6 +304,34 @@ async def test_cloud_hypervisor_resets_ring_by_ring(autojump_clock: MockClock) -
         assert vm.device.take_calls() == [("run", DEVICE_GETS, (0, 0), (1, 0))]
 
 
+async def test_vring_of_a_listening_dpdk_goes_on_at_its_used_index(
+    autojump_clock: MockClock,
+) -> None:
+    """It says 0 of every split vring, also of one that ran before the bridge connected anew, and
+    before that stops on the new connection what ran on the old one."""
+    async with connected() as vm:
+        await vm.enable(0, 1, on=0)
+        assert [await vm.base(index) for index in (0, 1)] == [0, 0]
+        await vm.set_up()
+        set_indices(vm, 0, available=2256, used=2000)
+        set_indices(vm, 1, available=2000, used=2000)
+        for index in (0, 1):
+            await vm.set_ring(index, base=0)
+        await vm.enable(0, 1)
+        await vm.ack(R.SET_STATUS, u64(0xF))
+        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 2000), (1, 2000))
+
+
+async def test_indices_that_no_driver_has_left_are_not_gone_by(autojump_clock: MockClock) -> None:
+    async with connected() as vm:
+        await vm.set_up()
+        set_indices(vm, 0, available=7, used=2000)
+        await vm.set_ring(0, base=0)
+        await vm.enable(0)
+        await vm.settle()
+        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 0))
+
+
 async def test_dpdk_virtio_user_order(autojump_clock: MockClock) -> None:
     async with connected() as vm:
         await vm.send(R.SET_OWNER)
