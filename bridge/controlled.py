@@ -1,9 +1,9 @@
 """A network device whose control vring the bridge drives.
 
 A front-end of vhost-user mostly keeps the control vring that its guest sees to itself (QEMU, DPDK,
-cloud-hypervisor): the device hears nothing of queue pairs, addresses and receive modes. So the
-bridge negotiates a control vring of its own, and tells the device what it has to know. One that
-passes the control vring through has each command relayed.
+cloud-hypervisor, which negotiates it all the same): the device hears nothing of queue pairs,
+addresses and receive modes. So the bridge negotiates a control vring of its own, and tells the
+device what it has to know. One that passes the control vring through has each command relayed.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ class ControlledDevice(WrappedDevice):
         # The one that the device has, or had until it was reset.
         self._ring: CommandRing | None = None
         self._relay = ControlRelay(inner.info.target, self.fail)
+        # Whether it is for what the guest says.
+        self._relays = False
         # The queue pairs that the device was told to use.
         self._pairs = 1
         self._thread = trio.CapacityLimiter(1)
@@ -124,11 +126,11 @@ class ControlledDevice(WrappedDevice):
                 if self.state is State.RUNNING and self._ring is not None:
                     await self._relay.start(self._nursery, self._ring, self._features, self._memory)
 
-    # What the device negotiates when the front-end negotiated ``features``; the same if it can, or
-    # has to, do without a control vring of ours.
+    # What the device negotiates when the front-end negotiated ``features`` and does not pass the
+    # control vring through; the same if the device can do without one of ours.
     def _negotiated(self, features: int, vrings: Sequence[VringSetup]) -> int:
         offered = self.info.features
-        if features & _CTRL_VQ or not offered & _CTRL_VQ:
+        if not offered & _CTRL_VQ:
             return features
         wanted = offered & _RX
         if self._mac is not None:
@@ -142,7 +144,10 @@ class ControlledDevice(WrappedDevice):
         index = net_control_vring(features, self.info.queue_num)
         async with self._relay_stopped():
             control = next((self._based(v) for v in vrings if v.index == index), None)
-            await self._run(features, [v for v in vrings if v.index != index])
+            # A guest that said something has only stopped its control vring, if it is not there.
+            said = features & _CTRL_VQ and self.control_state() is not None
+            relays = control is not None or bool(said)
+            await self._run(features, [v for v in vrings if v.index != index], relays)
             self._relay.vring = control
 
     def _based(self, vring: VringSetup) -> VringSetup:
@@ -153,14 +158,13 @@ class ControlledDevice(WrappedDevice):
             raise BridgeError(f"vring {vring.index} has no base to go on from")
         return replace(vring, base=known.base)
 
-    async def _run(self, features: int, vrings: Sequence[VringSetup]) -> None:
-        negotiated = self._negotiated(features, vrings)
+    async def _run(self, features: int, vrings: Sequence[VringSetup], relays: bool) -> None:
+        negotiated = features if relays else self._negotiated(features, vrings)
         ran, before = self.state is State.RUNNING, list(self._inner.vrings.values())
-        relays = bool(features & _CTRL_VQ)
         ring = self._own_ring(relays) if negotiated & _CTRL_VQ else None
         self._inner.control = ring
         await self._inner.run(negotiated, vrings)
-        self._features, self._ring = features, ring
+        self._features, self._ring, self._relays = features, ring, relays
         self._close_stale()
         if ring is None or relays:
             return
@@ -187,7 +191,7 @@ class ControlledDevice(WrappedDevice):
     # Whether the device was started with a control vring that the front-end knows nothing of.
     @property
     def _drives(self) -> bool:
-        return bool(self._inner.features & _CTRL_VQ and not self._features & _CTRL_VQ)
+        return bool(self._inner.features & _CTRL_VQ and not self._relays)
 
     def _own_ring(self, relays: bool) -> CommandRing:
         ring = self._rings.get(relays)

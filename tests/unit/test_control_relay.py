@@ -376,6 +376,16 @@ async def test_eventfds_are_exchanged_while_it_runs() -> None:
                 await trio.lowlevel.wait_readable(call.fileno())
 
 
+async def test_what_the_guest_said_holds_while_its_control_vring_is_stopped() -> None:
+    async with relayed() as (b, guest):
+        assert await guest.tell(SET_MAC) == 0
+        await b.device.stop_vring(INDEX)
+        rest = [replace(v, base=None) for i, v in b.device.vrings.items() if i != INDEX]
+        await b.device.run(FEATURES, rest)
+        assert b.device.control_report()["driver"] == "guest"
+        assert b.commands() == [SET_MAC]
+
+
 async def test_disabled_vring_waits() -> None:
     async with relayed() as (b, guest):
         await b.device.set_enabled(INDEX, False)

@@ -212,10 +212,23 @@ async def test_guest_memory_keeps_off_a_control_vring_beside_it() -> None:
 
 async def test_front_end_with_the_control_vring_keeps_it() -> None:
     async with bench(mac=MAC) as b:
-        await b.device.run(VERSION_1 | CTRL_VQ, b.rings(1))
+        await b.device.run(VERSION_1 | CTRL_VQ, [*b.rings(1), b.ring(2)])
         assert b.kernel.negotiated == VERSION_1 | CTRL_VQ
         assert b.commands() == []
         assert b.device.control_report()["driver"] == "guest"
+
+
+async def test_control_vring_that_is_negotiated_and_kept_back_is_driven() -> None:
+    """cloud-hypervisor lets the guest's features through, and handles the control vring itself."""
+    async with bench() as b:
+        await b.device.run(VERSION_1 | CTRL_VQ | MQ, b.rings(2))
+        assert b.kernel.negotiated == VERSION_1 | CTRL_VQ | MQ | CTRL_RX
+        assert b.device.features == VERSION_1 | CTRL_VQ | MQ
+        assert b.commands() == [pairs(2), PROMISC]
+        assert b.device.control_report()["driver"] == "bridge"
+        for index in (2, 3):
+            await b.device.set_enabled(index, False)
+        assert b.commands() == [pairs(1)]
 
 
 async def test_announcing_is_left_to_the_front_end() -> None:

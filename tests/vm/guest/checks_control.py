@@ -16,11 +16,11 @@ from .checks_migration import Log
 from .checks_model import control, resume, suspend
 from .checks_switch import switch
 from .devices import BridgeProcess, net_device, serving, sh, vdpa_device
-from .frontend import ALL, LOG_SHMFD, VERSION_1, Frontend, HungUp, Refused
+from .frontend import ALL, LOG_SHMFD, STATUS, VERSION_1, Frontend, HungUp, Refused
 from .memory import Memory
 from .net import OURS, NetDriver, frame
 
-MQ = 1 << 22
+CTRL_VQ, MQ = 1 << 17, 1 << 22
 MIB = 1 << 20
 PARAMETERS = Path("/sys/module/vdpa_sim_net_mq/parameters")
 OTHER = bytes.fromhex("525400aabbcc")
@@ -116,6 +116,18 @@ def check_several_queue_pairs() -> None:
         pairs.exchange(500)
         pairs.check()
         assert commands()[-2:] == [pairs_command(4), PROMISC]
+
+
+def check_control_vring_that_is_negotiated_and_kept_back() -> None:
+    """cloud-hypervisor's guest has a control vring that the device does not see."""
+    with bridged(2) as (_, frontend, pairs):
+        frontend.negotiate(VERSION_1 | MQ | CTRL_VQ, ALL & ~STATUS)
+        assert frontend.ask_u64("GET_QUEUE_NUM") == 9
+        pairs.arrive(frontend, MQ | CTRL_VQ)
+        pairs.exchange(500)
+        pairs.check()
+        assert commands()[-2:] == [pairs_command(2), PROMISC]
+        assert facts()["driver"] == "bridge"
 
 
 def check_queue_pairs_follow_what_is_enabled() -> None:
