@@ -111,15 +111,17 @@ class VhostUserDevice(Device):
     async def read_config(self, offset: int, size: int) -> bytes:
         if not self._has(ProtocolFeature.CONFIG):
             raise Unsupported(f"back-end {self.info.target} has no configuration space to read")
-        reply = await self._client.request(Request.GET_CONFIG, Config(offset, 0, bytes(size)))
+        # From the beginning, as QEMU does: libvhost-user and DPDK overlook the offset.
+        wanted = offset + size
+        reply = await self._client.request(Request.GET_CONFIG, Config(0, 0, bytes(wanted)))
         assert isinstance(reply, Config)
-        if len(reply.data) != size:
+        if len(reply.data) != wanted:
             raise PeerError(
                 f"back-end {self.info.target} answered {len(reply.data)} configuration bytes, "
-                f"{size} were asked"
+                f"{wanted} were asked"
             )
-        self._config_read = max(self._config_read, offset + size)
-        return reply.data
+        self._config_read = max(self._config_read, wanted)
+        return reply.data[offset:]
 
     async def full_config(self) -> bytes:
         """What the front-end has read of it: a back-end does not say how much there is."""

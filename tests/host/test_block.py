@@ -11,6 +11,7 @@ import pytest
 from tests.peers import blkio
 from tests.peers.bridge import Bridge
 from tests.peers.storage import StorageDaemon, make_image
+from tests.vm.guest.frontend import Frontend
 
 MIB = 1 << 20
 
@@ -49,6 +50,15 @@ def test_whole_disk_comes_back_to_the_next_front_end(disk: StorageDaemon, bridge
     result = blkio.run(bridge.listen, "verify", seed=3, queues=4, depth=32)
     assert result["verified"] == size // 4096
     assert blkio.verify_file(disk.image, seed=3)["verified"] == size // 4096
+
+
+def test_configuration_can_be_read_from_anywhere(bridge: Bridge) -> None:
+    """As crosvm, libkrun and OpenVMM do, whose guests read field by field."""
+    with Frontend(str(bridge.listen)) as frontend:
+        frontend.negotiate()
+        whole = frontend.config(0, 60)
+        for offset, size in ((0, 8), (4, 4), (20, 4), (34, 2), (59, 1)):
+            assert frontend.config(offset, size) == whole[offset : offset + size]
 
 
 def test_verification_sees_one_damaged_byte(disk: StorageDaemon, bridge: Bridge) -> None:
