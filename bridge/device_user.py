@@ -19,7 +19,6 @@ from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
 from vhostbridge.backends.guest import VringSetup
 from vhostbridge.backends.lifecycle import State, Status
-from vhostbridge.backends.ring_memory import available_index, used_index
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
 from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature
 
@@ -113,8 +112,13 @@ class DeviceUser:
         return bool(running) and not any(v.enabled for v in running)
 
     @property
+    def paused(self) -> bool:
+        """Whether the front-end paused the device, by disabling every vring."""
+        return self._paused and self._none_enabled
+
+    @property
     def _stands_still(self) -> bool:
-        return self.held or (self._paused and self._none_enabled)
+        return self.held or self.paused
 
     @property
     def _out_of_step(self) -> bool:
@@ -155,22 +159,12 @@ class DeviceUser:
         what = "%s: running vrings %s" if there else "%s: vrings %s wait for the back-end"
         self.log.info(what, self.name, ", ".join(str(v.index) for v in vrings))
 
-    # cloud-hypervisor says of a vring that ran elsewhere that all requests are done: the base is
-    # the available index. DPDK that listens says 0 of every split vring, also of one that ran
-    # before it was connected anew. For a device that holds no requests, what was not used is not
-    # done.
+    # A device that holds no requests begins with what was not used.
     def _look_for_bases(self, vrings: list[FrontendVring]) -> None:
         fresh = self.device.state is State.RESET or self.left_behind is not None
-        if not fresh or self.packed or self.inflight is not None:
-            return
-        for vring in vrings:
-            setup = vring.setup(self.memory, packed=False)
-            regions = self.memory.regions
-            if setup.base is None:
-                continue
-            available, used = available_index(regions, setup), used_index(regions, setup)
-            if setup.base in (0, available) and (available - used) % 0x10000 <= vring.size:
-                vring.base = used
+        if fresh and not self.packed and self.inflight is None:
+            for vring in vrings:
+                vring.look_for_base(self.memory)
 
     # What stands in for a device gives nothing back: the next one does.
     async def _run(self, features: int, setups: list[VringSetup]) -> None:
@@ -377,9 +371,7 @@ class DeviceUser:
     def forget_vrings(self) -> None:
         """After a reset: vrings have no positions and don't run; their calls stay."""
         for vring in self.vrings.values():
-            call, vring.call = vring.call, None
-            vring.stop(None)
-            vring.call = call
+            vring.stop(None, keep_call=True)
             vring.enabled = False
         self.use_inflight(None)
         self.absence.keep_copy(None)

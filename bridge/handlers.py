@@ -68,9 +68,9 @@ async def get_features(session: Session, message: Message) -> Payload:
 async def set_features(session: Session, message: Message) -> None:
     features = _u64(message)
     check_features(session.device, features)
-    changed = (features ^ session.features) & ~_LOG_ALL
-    if changed and any(v.running for v in session.vrings.values()):
-        raise PeerError("the front-end changes features while the device runs")
+    if (features ^ session.features) & ~_LOG_ALL:
+        for vring in session.vrings.values():
+            await _stopped(session, vring, "features")
     if session.features and (features ^ session.features) & TransportFeature.RING_PACKED.mask:
         for vring in session.vrings.values():
             vring.forget_layout()
@@ -182,7 +182,11 @@ async def rem_mem_reg(session: Session, message: Message) -> None:
 # Vrings
 
 
-def _stopped(vring: FrontendVring, what: str) -> FrontendVring:
+# libkrun disables the vrings when its guest resets the device, and does not stop them before it
+# sets them up for the next driver.
+async def _stopped(session: Session, vring: FrontendVring, what: str) -> FrontendVring:
+    if vring.running and session.paused:
+        vring.stop(await session.device.stop_vring(vring.index), keep_call=True)
     if vring.running:
         raise PeerError(
             f"the front-end changes the {what} of vring {vring.index} while it runs",
@@ -196,12 +200,12 @@ async def set_vring_num(session: Session, message: Message) -> None:
     vring = session.vring(state.index)
     vring.check_size(state.num, session.device.info, session.packed)
     if state.num != vring.size:
-        _stopped(vring, "size").size = state.num
+        (await _stopped(session, vring, "size")).size = state.num
 
 
 async def set_vring_base(session: Session, message: Message) -> None:
     state = _state(message)
-    vring = _stopped(session.vring(state.index), "base")
+    vring = await _stopped(session, session.vring(state.index), "base")
     if state.num > 0xFFFF and not session.packed:
         raise PeerError(f"base {state.num:#x} of split vring {state.index} has more than 16 bits")
     vring.base = whole_base(state.num, packed=session.packed)

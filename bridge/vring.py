@@ -8,6 +8,7 @@ from vhostbridge.backends.device import DeviceInfo
 from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, close_all
 from vhostbridge.backends.guest import VringSetup
+from vhostbridge.backends.ring_memory import available_index, used_index
 from vhostbridge.backends.vhostuser.messages import VringAddr
 from vhostbridge.backends.virtio import ring_areas
 
@@ -77,6 +78,23 @@ class FrontendVring:
         """Whether a driver that never used it before starts it."""
         return not self.running and self.start_base(packed) == (PACKED_START if packed else 0)
 
+    def look_for_base(self, table: MemoryTable) -> None:
+        """Begin at the used index of a split vring where the front-end does not know better.
+
+        cloud-hypervisor says of a vring that ran elsewhere that all requests are done: the base is
+        the available index. DPDK that listens says 0, also of one that ran before it was connected
+        anew.
+
+        Raises:
+            PeerError: the vring does not lie in guest memory.
+        """
+        setup, regions = self.setup(table, packed=False), table.regions
+        if setup.base is None:
+            return
+        available, used = available_index(regions, setup), used_index(regions, setup)
+        if setup.base in (0, available) and (available - used) % 0x10000 <= self.size:
+            self.base = used
+
     def forget_layout(self) -> None:
         """Void size and base: what was right for a packed ring may not be for a split one."""
         self.size, self.base = 0, None
@@ -116,13 +134,13 @@ class FrontendVring:
             enabled=self.enabled,
         )
 
-    def stop(self, base: int | None) -> None:
+    def stop(self, base: int | None, *, keep_call: bool = False) -> None:
         """Forget the eventfds, as back-ends do at GET_VRING_BASE; the front-end sends new ones.
 
         The error eventfd stays: QEMU sends it once per connection.
         """
-        close_all((self.kick, self.call))
-        self.kick = self.call = None
+        close_all((self.kick,) if keep_call else (self.kick, self.call))
+        self.kick, self.call = None, self.call if keep_call else None
         self.set_up = self.running = False
         self.base = base
 

@@ -26,7 +26,7 @@ SLOT = bytes(8)
 RUNNING_LIES = {
     "size": (R.SET_VRING_NUM, state(0, 128), "changes the size of vring 0 while it runs"),
     "base": (R.SET_VRING_BASE, state(0, 0), "changes the base of vring 0 while it runs"),
-    "features": (R.SET_FEATURES, u64(1 << 30), "changes features while the device runs"),
+    "features": (R.SET_FEATURES, u64(1 << 30), "changes the features of vring 0 while it runs"),
 }
 
 
