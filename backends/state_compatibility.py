@@ -157,7 +157,8 @@ def _features(state: DeviceState, info: DeviceInfo) -> Iterator[str]:
     if names := feature_names(lacking & ~packed, _device_id(state, info)):
         yield f"the device lacks features that were negotiated: {', '.join(names)}"
     read_only = BlockFeature.RO.mask
-    is_block = _device_id(state, info) == DeviceId.BLOCK
+    # Of a device whose driver never came nothing was negotiated.
+    is_block = state.features and _device_id(state, info) == DeviceId.BLOCK
     if is_block and info.features & ~state.features & read_only:
         yield "the device is read-only, and the driver takes it for a writable one"
 

@@ -6,12 +6,14 @@ import os
 import struct
 
 import pytest
+import trio
 from trio.testing import MockClock
 
 from tests.unit.fakes import (
     DEVICE_FEATURES,
     FakeDevice,
     Frame,
+    Stateful,
     address,
     device_info,
     region,
@@ -31,6 +33,7 @@ from tests.unit.frontend import (
     ring,
     table,
 )
+from tests.unit.test_session_device_state import offer_state, save
 from vhostbridge.backends.errors import Unsupported
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.messages import Request as R
@@ -188,6 +191,102 @@ async def test_cloud_hypervisor_resets_ring_by_ring(autojump_clock: MockClock) -
         await cloud_hypervisor_starts(vm, 0)
         await vm.settle()
         assert vm.device.take_calls() == [("run", DEVICE_GETS, (0, 0), (1, 0))]
+
+
+async def test_spdk_shares_memory_again_when_it_has_stopped(autojump_clock: MockClock) -> None:
+    """It enables vrings first of all, and sends GET_FEATURES to know that memory is there."""
+    async with connected() as vm:
+        await vm.send(R.SET_OWNER)
+        for bases in ((5, 6), (7, 8)):
+            await vm.ask(R.GET_FEATURES)
+            await vm.send(R.SET_FEATURES, u64(FEATURES))
+            await vm.ask(R.GET_PROTOCOL_FEATURES)
+            await vm.send(R.SET_PROTOCOL_FEATURES, u64(PF.MQ | PF.CONFIG))
+            config = struct.pack("=III", 0, 256, 0)
+            got = await vm.ask(R.GET_CONFIG, config + bytes(256))
+            assert got == config + bytes(range(64)) + bytes(192)
+            await vm.enable(0, 1)
+            assert await vm.ask(R.GET_QUEUE_NUM) == u64(4)
+            for index in (0, 1):
+                await vm.set_call(index)
+            await vm.send(R.SET_MEM_TABLE, TABLE, vm.memfd())
+            await vm.ask(R.GET_FEATURES)
+            for index in (0, 1):
+                await vm.set_ring(index)
+            await vm.settle()
+            assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 0), (1, 0))
+            vm.device.bases.update(dict(enumerate(bases)))
+            assert tuple([await vm.base(index) for index in (0, 1)]) == bases
+            await vm.send(R.SET_MEM_TABLE, TABLE, vm.memfd())
+            await vm.ask(R.GET_FEATURES)
+            await vm.settle()
+            assert vm.device.state is State.SUSPENDED
+
+
+async def crosvm_activates(vm: FrontEnd, *bases: int) -> None:
+    await vm.send(R.SET_MEM_TABLE, TABLE, vm.memfd())
+    for index, base in enumerate(bases):
+        await vm.tell(R.SET_VRING_NUM, state(index, 256))
+        await vm.tell(R.SET_VRING_ADDR, ring(index))
+        await vm.tell(R.SET_VRING_BASE, state(index, base))
+        await vm.set_call(index)
+        await vm.set_kick(index)
+        await vm.enable(index)
+
+
+async def runs(vm: FrontEnd) -> None:
+    with trio.fail_after(5):
+        while vm.device.state is not State.RUNNING or len(vm.device.rings) < 2:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+
+
+async def crosvm_sleeps(vm: FrontEnd) -> list[int]:
+    bases = []
+    for index in (0, 1):
+        await vm.enable(index, on=0)
+        bases.append(await vm.base(index))
+    return bases
+
+
+async def test_crosvm_sleeps_wakes_and_restores() -> None:
+    """Each vring is disabled and stopped before the next one. Features are sent if they changed."""
+    protocol = OFFER & ~PF.STATUS | PF.DEVICE_STATE
+    async with connected(Stateful()) as vm:
+        await vm.negotiate(protocol=protocol)
+        await crosvm_activates(vm, 0, 0)
+        await runs(vm)
+        vm.device.bases.update({0: 40, 1: 2})
+        assert await crosvm_sleeps(vm) == [40, 2]
+        data = await save(vm)
+        assert await vm.ask(R.CHECK_DEVICE_STATE) == u64(0)
+        await crosvm_activates(vm, 40, 2)
+        await runs(vm)
+        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 40), (1, 2))
+        vm.device.bases.update({0: 41, 1: 2})
+        assert await crosvm_sleeps(vm) == [41, 2]
+        assert vm.device.state is State.SUSPENDED
+    async with connected(Stateful()) as vm:
+        await vm.negotiate(protocol=protocol)
+        assert await offer_state(vm, data) == 0
+        await crosvm_activates(vm, 40, 2)
+        await runs(vm)
+        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 40), (1, 2))
+
+
+async def test_crosvm_restores_a_device_that_never_ran() -> None:
+    protocol = OFFER & ~PF.STATUS | PF.DEVICE_STATE
+    async with connected(Stateful()) as vm:
+        await vm.send(R.SET_PROTOCOL_FEATURES, u64(protocol))
+        data = await save(vm)
+        assert await vm.ask(R.CHECK_DEVICE_STATE) == u64(0)
+    async with connected(Stateful()) as vm:
+        await vm.send(R.SET_PROTOCOL_FEATURES, u64(protocol))
+        await vm.send(R.SET_FEATURES, u64(1 << 30))
+        assert await offer_state(vm, data) == 0
+        await vm.send(R.SET_FEATURES, u64(FEATURES))
+        await crosvm_activates(vm, 0, 0)
+        await runs(vm)
+        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 0), (1, 0))
 
 
 @pytest.mark.parametrize("features", [FEATURES, FEATURES & ~1], ids=["same", "other"])
