@@ -332,6 +332,42 @@ async def test_vring_of_a_listening_dpdk_goes_on_at_its_used_index(
         assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 2000), (1, 2000))
 
 
+async def test_vring_of_dragonball_goes_on_though_it_tells_no_base(
+    autojump_clock: MockClock,
+) -> None:
+    """When a back-end connects anew it leaves that out: it does not know."""
+    async with connected() as vm:
+        await vm.set_up(protocol=PF.MQ)
+        set_indices(vm, 0, available=40, used=30)
+        await vm.tell(R.SET_VRING_NUM, state(0, 256))
+        await vm.tell(R.SET_VRING_ADDR, ring(0))
+        await vm.set_kick(0)
+        await vm.set_call(0)
+        await vm.enable(0)
+        await vm.settle()
+        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 30))
+
+
+async def test_stratovirt_stops_and_goes_on_without_bit_30(autojump_clock: MockClock) -> None:
+    """Its vring begins at its used index; size and addresses are not told again."""
+    async with connected() as vm:
+        await vm.send(R.SET_PROTOCOL_FEATURES, u64(PF.MQ | PF.CONFIG))
+        await vm.send(R.SET_FEATURES, u64(DEVICE_GETS))
+        vm.memory = vm.memfd()
+        await vm.send(R.SET_MEM_TABLE, TABLE, vm.memory)
+        await vm.set_ring(0)
+        await vm.settle()
+        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 0))
+        vm.device.bases[0] = 12
+        assert await vm.base(0) == 12
+        await vm.send(R.SET_VRING_BASE, state(0, 12))
+        await vm.set_call(0)
+        await vm.set_kick(0)
+        await vm.settle()
+        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 12))
+        assert vm.device.rings[0].enabled
+
+
 async def test_indices_that_no_driver_has_left_are_not_gone_by(autojump_clock: MockClock) -> None:
     async with connected() as vm:
         await vm.set_up()
