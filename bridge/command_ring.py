@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from vhostbridge.backends.control_vring import ControlVring
 from vhostbridge.backends.device import DeviceInfo
-from vhostbridge.backends.errors import KernelRefused, TransportLost
+from vhostbridge.backends.errors import KernelRefused, TransportLost, Unsupported
 from vhostbridge.backends.fds import OwnedFd, close_all, new_eventfd
 from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.virtio import TransportFeature, net_control_vring
@@ -26,6 +26,8 @@ REPLY_MAX = 4 << 10
 PATIENCE = 5.0
 
 _SLOTS = 64
+# Descriptors of a command: it, and its reply.
+_PARTS = 2
 _PAGE = 4096
 _COMMAND = _PAGE
 _REPLY = _COMMAND + COMMAND_MAX
@@ -44,12 +46,20 @@ class CommandRing(ControlVring):
         """``say`` is called with the ring when a device was started and waits to be told things.
 
         Raises:
+            Unsupported: the device's vrings have no room for a command.
             KernelRefused: the memory can't be mapped.
         """
+        largest = info.vring_size_max
+        if largest < _PARTS:
+            raise Unsupported(
+                f"{info.target} has vrings of {largest} descriptors at most, and a control command "
+                f"takes {_PARTS}"
+            )
         self.index = 2
         self._target = info.target
         self._pairs = info.queue_num
-        self._slots = min(_SLOTS, info.vring_size_max)
+        # As split rings need it: a device may name any number.
+        self._slots = 1 << min(_SLOTS, largest).bit_length() - 1
         self._say = say
         fd = OwnedFd(os.memfd_create("control-vring", os.MFD_CLOEXEC))
         os.ftruncate(fd.fileno(), SIZE)

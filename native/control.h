@@ -14,7 +14,8 @@
 struct vb_commands;
 
 /* vb_shadow_layout(slots, 0, ...) tells where its areas lie in memory: zeroed, mapped here and, at
- * iova, for the device. NULL: there is no memory left. */
+ * iova, for the device. At least two slots, in a split ring a power of two. NULL: there is no memory
+ * left. */
 struct vb_commands *vb_commands_new(uint64_t memory, uint64_t iova, uint32_t slots,
 				    int packed);
 void vb_commands_free(struct vb_commands *commands);

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.unit.control_device import ControlSide
 from tests.unit.fakes import device_info
-from vhostbridge.backends.errors import TransportLost
+from vhostbridge.backends.errors import TransportLost, Unsupported
 from vhostbridge.bridge import command_ring
 from vhostbridge.bridge.command_ring import COMMAND_MAX, REPLY_MAX, SIZE, CommandRing
 from vhostbridge.native import lib
@@ -52,6 +52,26 @@ def test_commands_arrive_and_replies_come_back(packed: int, size: int) -> None:
             assert ring.send(command, len(command) + 1) == b"\0" + command[::-1]
     assert device.commands == sent
     ring.close()
+
+
+@pytest.mark.parametrize("packed", [0, PACKED], ids=["split", "packed"])
+@pytest.mark.parametrize(("largest", "size"), [(3, 2), (48, 32), (1000, 64)])
+def test_size_is_a_power_of_two_whatever_the_device_has(
+    packed: int, largest: int, size: int
+) -> None:
+    ring = new_ring(vring_size_max=largest)
+    setup = ring.renew(CTRL_VQ | packed)
+    assert setup.size == size
+    with ControlSide(ring, setup, lambda command, room: command, packed=bool(packed)):
+        for number in range(100):
+            assert ring.send(bytes([number])) == bytes([number])
+    ring.close()
+
+
+@pytest.mark.parametrize("largest", [0, 1])
+def test_device_whose_vrings_have_no_room_for_a_command(largest: int) -> None:
+    with pytest.raises(Unsupported, match=f"{largest} descriptors .* a control command takes 2"):
+        new_ring(vring_size_max=largest)
 
 
 @settings(max_examples=20, deadline=None)
