@@ -46,7 +46,8 @@ class Ended:
 def build_shadow(folder: Path) -> Path:
     """The fuzzer of shadow vrings, with libFuzzer and the sanitizers."""
     program = folder / "shadow_fuzz"
-    sources = [ROOT / "tests/fuzz/shadow_fuzz.c", *(ROOT / f"native/{n}.c" for n in _SOURCES)]
+    own = [ROOT / f"tests/fuzz/{n}.c" for n in ("shadow_fuzz", "peers")]
+    sources = [*own, *(ROOT / f"native/{n}.c" for n in _SOURCES)]
     subprocess.run([_clang(), *_WARN, *_SANITIZE, "-o", program, *sources], check=True)
     return program
 
