@@ -22,13 +22,14 @@ ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "tests/fuzz/corpus"
 FINDINGS = ROOT / "out/fuzz"
 #: Names of fuzzers, those of C and of hypothesis first: they have most to do.
-FUZZERS = ("shadow", "session", *HARNESSES)
+FUZZERS = ("shadow", "session", "control", *HARNESSES)
 #: Shares of the time; the others have one.
-SHARES = {"shadow": 4.0, "session": 4.0}
+SHARES = {"shadow": 4.0, "session": 4.0, "control": 2.0}
 
+_OF_C = ("shadow", "control")
 _SOURCES = (
     *("bus_error", "eventfd", "guest_ring", "device_ring", "inflight", "inflight_packed"),
-    *("shadow", "shadow_thread"),
+    *("shadow", "shadow_thread", "control", "control_guest"),
 )
 _SANITIZE = ("-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 _WARN = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread")
@@ -43,13 +44,11 @@ class Ended:
     finding: str = ""
 
 
-def build_shadow(folder: Path) -> Path:
-    """The fuzzer of shadow vrings, with libFuzzer and the sanitizers."""
-    program = folder / "shadow_fuzz"
-    own = [ROOT / f"tests/fuzz/{n}.c" for n in ("shadow_fuzz", "peers")]
+def build(name: str, folder: Path) -> None:
+    """A fuzzer of C code into the folder, with libFuzzer and the sanitizers."""
+    own = [ROOT / f"tests/fuzz/{n}.c" for n in (f"{name}_fuzz", "peers")]
     sources = [*own, *(ROOT / f"native/{n}.c" for n in _SOURCES)]
-    subprocess.run([_clang(), *_WARN, *_SANITIZE, "-o", program, *sources], check=True)
-    return program
+    subprocess.run([_clang(), *_WARN, *_SANITIZE, "-o", folder / name, *sources], check=True)
 
 
 # Debian's default one, or that of any other version.
@@ -60,7 +59,7 @@ def _clang() -> str:
     sys.exit("no clang: .ci/setup-fuzz installs it")
 
 
-def _command(name: str, seconds: float, program: Path, new: Path) -> list[str | Path]:
+def _command(name: str, seconds: float, programs: Path, new: Path) -> list[str | Path]:
     if name == "session":
         return [sys.executable, "-m", "tests.fuzz.machines", f"{seconds:.0f}"]
     limits: list[str | Path] = [
@@ -69,18 +68,18 @@ def _command(name: str, seconds: float, program: Path, new: Path) -> list[str | 
         "-rss_limit_mb=2048",
     ]
     places: list[str | Path] = [f"-artifact_prefix={FINDINGS}/{name}-", new, CORPUS / name]
-    if name == "shadow":
-        return [program, "-handle_bus=0", "-max_len=512", *limits, *places]
+    if name in _OF_C:
+        return [programs / name, "-handle_bus=0", "-max_len=512", *limits, *places]
     return [sys.executable, "-m", "tests.fuzz.target", name, *limits, *places]
 
 
-def run(name: str, seconds: float, program: Path, new: Path) -> Ended:
+def run(name: str, seconds: float, programs: Path, new: Path) -> Ended:
     """One fuzzer; ``new`` is where inputs go that reach more."""
     new.mkdir(parents=True, exist_ok=True)
     # The code under test has a handler of its own for SIGBUS.
     environment = {**os.environ, "ASAN_OPTIONS": "handle_sigbus=0"}
     done = subprocess.run(
-        _command(name, seconds, program, new),
+        _command(name, seconds, programs, new),
         cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", check=False,
     )  # fmt: skip
     said = re.sub(r"INFO: Instrumenting .*\n", "", done.stdout + done.stderr)
@@ -104,14 +103,15 @@ def main() -> int:
     FINDINGS.mkdir(parents=True, exist_ok=True)
     failed = False
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        program = build_shadow(Path(folder)) if "shadow" in wanted.fuzzers else Path()
-        keep = wanted.keep or Path(folder, "new")
-        ends = [
-            pool.submit(
-                run, name, wanted.seconds * jobs * SHARES.get(name, 1) / whole, program, keep / name
-            )
-            for name in wanted.fuzzers
-        ]
+        programs = Path(folder)
+        builds = [pool.submit(build, name, programs) for name in wanted.fuzzers if name in _OF_C]
+        for built in builds:
+            built.result()
+        keep = wanted.keep or programs / "new"
+        ends = []
+        for name in wanted.fuzzers:
+            seconds = wanted.seconds * jobs * SHARES.get(name, 1) / whole
+            ends.append(pool.submit(run, name, seconds, programs, keep / name))
         for end in ends:
             one = end.result()
             failed |= bool(one.finding)
