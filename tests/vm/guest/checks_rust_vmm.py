@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from .checks_model import control
-from .devices import block_device, serving, simulator_options
+from .devices import block_device, serving, simulator_options, wait_until
 from .vduse import vduse_block, vhost_user_block
 
 PROGRAM = str(Path(__file__).parents[2] / "rust_vmm")
@@ -95,8 +95,10 @@ def check_guest_moves_from_vduse_to_vhost_user_and_back() -> None:
         RustVmm(one.socket) as vmm,
     ):
         for _ in range(MOVES // 2):
-            vmm.tell("pause")
             with control("one") as client:
+                # The device starts a moment after the VMM has set it up.
+                wait_until(lambda: client.status("one")[0].state == "running")
+                vmm.tell("pause")
                 assert client.status("one")[0].state == "suspended"
             before = device.file.read_bytes()
             time.sleep(0.2)
