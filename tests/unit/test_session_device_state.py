@@ -12,7 +12,7 @@ import trio
 from trio.testing import MockClock
 
 from tests.unit.fakes import OWN, Stateful, device_info, u64
-from tests.unit.frontend import OFFER, PF, FrontEnd, connected, names
+from tests.unit.frontend import DEVICE_GETS, FEATURES, OFFER, PF, TABLE, FrontEnd, connected, names
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.lifecycle import State
@@ -304,3 +304,31 @@ async def test_next_back_end_does_not_run_without_a_state_that_was_given_up() ->
         await vm.session.attach(vm.device)
         assert "does not fit" in str(await vm.lost())
         assert not vm.session.awaiting
+
+
+async def test_cloud_hypervisor_takes_the_state_along() -> None:
+    """It pauses by disabling, asks for bases and state then, and reads the dirty log last."""
+    async with connected(Stateful()) as vm:
+        await vm.start(0, 1, protocol=PROTOCOL)
+        vm.device.bases.update({0: 40, 1: 2})
+        vm.need_reply = True
+        await vm.enable(0, 1, on=0)
+        assert [await vm.base(index) for index in (0, 1)] == [40, 2]
+        data = await save(vm)
+        assert await vm.ask(R.CHECK_DEVICE_STATE) == u64(0)
+        place = struct.pack("=QQ", 4096, 0)
+        with OwnedFd(os.memfd_create("log")) as log:
+            os.ftruncate(log.fileno(), 4096)
+            assert await vm.ask(R.SET_LOG_BASE, place, log, flags=0x9) == place
+        assert vm.device.state is State.SUSPENDED
+    async with connected(Stateful()) as vm:
+        await vm.send(R.SET_PROTOCOL_FEATURES, u64(int(PROTOCOL)))
+        vm.need_reply = True
+        assert await offer_state(vm, data) == 0
+        await vm.tell(R.SET_FEATURES, u64(FEATURES))
+        await vm.tell(R.SET_MEM_TABLE, TABLE, vm.memfd())
+        for index, base in ((0, 40), (1, 2)):
+            await vm.set_ring(index, base=base)
+        await vm.enable(0, 1)
+        await vm.settle()
+        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 40), (1, 2))
