@@ -66,7 +66,10 @@ class VdpaDevice(Device):
         self._controlled: ControlVring | None = None
         # Each has a base only while the device is suspended.
         self._rings: dict[int, VringSetup] = {}
-        # Whether the device itself was reset although the model says SUSPENDED (no SUSPEND ioctl).
+        # Those that the device has had enabled since it was started; the others have not moved.
+        self._moving: set[int] = set()
+        self._late = BackendFeature.ENABLE_AFTER_DRIVER_OK in self.backend_features
+        # Whether a SUSPENDED device can't RESUME: it was reset, or its vrings are disabled.
         self._must_restart = False
         # A thread of its own: a VDUSE process that hangs must not use up everybody's threads.
         self._thread = trio.CapacityLimiter(1)
@@ -190,8 +193,11 @@ class VdpaDevice(Device):
             and not self._must_restart
             and features == self.features
             and self.control is self._controlled
+            # RESUME lets all vrings run, on mlx5 and SolidRun those that are disabled too.
+            and self._rings.keys() == {v.index for v in vrings}
             and all(
-                (known := self._rings.get(v.index)) is not None
+                (known := self._rings[v.index]).enabled
+                and v.enabled
                 and known.layout == v.layout
                 and known.base == v.base
                 for v in vrings
@@ -200,18 +206,10 @@ class VdpaDevice(Device):
 
     # The status is not written: with DRIVER_OK in it, that un-suspends vdpa_sim behind our back.
     def _resume(self, vrings: Sequence[VringSetup]) -> None:
-        wanted = {v.index: v for v in vrings}
-        for index in self._rings:
-            vring = wanted.get(index)
-            if vring is not None:
-                self._launcher.set_eventfds(vring)
-            self._dev.set_vring_enable(index, vring is not None and vring.enabled)
+        for vring in vrings:
+            self._launcher.set_eventfds(vring)
         self._dev.resume()
-        # The others keep their places, but no eventfds: those are closed by now.
-        self._rings = {
-            index: wanted.get(index) or replace(vring, kick=None, call=None, err=None)
-            for index, vring in self._rings.items()
-        }
+        self._rings = {v.index: v for v in vrings}
         self._enter_running()
 
     def _restart(
@@ -225,6 +223,7 @@ class VdpaDevice(Device):
             raise
         self.features = features
         self._rings = {v.index: v for v in vrings}
+        self._moving = {v.index for v in vrings if v.enabled}
         self._controlled = control
         self._enter_running()
 
@@ -261,16 +260,25 @@ class VdpaDevice(Device):
             else:
                 for ring in rings.values():
                     await self._call(self._launcher.set_eventfds, ring)
+            # RESUME lets those run too that are disabled, and ``_suspend`` may have disabled some.
+            for index in self._moving if self._late else ():
+                await self._call(self._dev.set_vring_enable, index, rings[index].enabled)
             self._rings = rings
             await kick_and_call(rings.values())
         except BridgeError as second:
             self.fail(f"{error}; going on failed too: {second}")
 
     def _suspend(self) -> None:
-        self._dev.suspend()
+        whole = self._suspend_whole()
+        if not whole:
+            for index in self._moving:
+                self._dev.set_vring_enable(index, False)
+            self._dev.suspend()
         try:
             self._rings = {
                 index: replace(ring, base=self._dev.vring_base(index))
+                if index in self._moving
+                else ring
                 for index, ring in self._rings.items()
             }
         except KernelRefused as error:
@@ -278,6 +286,20 @@ class VdpaDevice(Device):
             if self.capabilities.resume.how is not How.NATIVE:
                 self.fail(str(error))
             raise
+        self._must_restart = not whole
+
+    # mlx5 succeeds without suspending any vring where vring 0 is disabled, and refuses where
+    # another one of a pair has never run.
+    def _suspend_whole(self) -> bool:
+        if self._late and not (0 in self._rings and self._rings[0].enabled):
+            return False
+        try:
+            self._dev.suspend()
+        except KernelRefused:
+            if not self._late:
+                raise
+            return False
+        return True
 
     def _place(self, features: int, vrings: Sequence[VringSetup]) -> None:
         self.features = features
@@ -298,7 +320,8 @@ class VdpaDevice(Device):
             self._dev.set_vring_kick(index, None)
         # A network device holds receive buffers for ever; they count as not fetched.
         if self.info.device_id != DeviceId.NET:
-            wait_drained(self._dev, self.info.target, self._memory.regions, self._rings.values())
+            moving = [ring for index, ring in self._rings.items() if index in self._moving]
+            wait_drained(self._dev, self.info.target, self._memory.regions, moving)
         self._dev.set_status(0)
         self._must_restart = True
         self._rings = {
@@ -316,6 +339,7 @@ class VdpaDevice(Device):
     def _reset(self) -> None:
         self._dev.set_status(0)
         self._rings = {}
+        self._moving = set()
         self.features = 0
         self._must_restart = False
         self._controlled = None
@@ -338,8 +362,8 @@ class VdpaDevice(Device):
 
     async def set_kick(self, index: int, fd: OwnedFd | None) -> None:
         if ring := self._running_ring(index):
-            await self._call(self._dev.set_vring_kick, index, fd)
-            self._rings[index] = replace(ring, kick=fd)
+            self._rings[index] = ring = replace(ring, kick=fd)
+            await self._call(self._launcher.set_kick, ring)
             await signal_eventfds(fd)
 
     async def set_err(self, index: int, fd: OwnedFd | None) -> None:
@@ -352,14 +376,25 @@ class VdpaDevice(Device):
         ring = self._running_ring(index)
         if ring is None or ring.enabled == enabled:
             return
-        self._rings[index] = replace(ring, enabled=enabled)
-        if enabled and BackendFeature.ENABLE_AFTER_DRIVER_OK not in self.backend_features:
+        self._rings[index] = ring = replace(ring, enabled=enabled)
+        if enabled and not self._can_enable(index):
             await self._run_on()
             return
-        await self._call(self._dev.set_vring_enable, index, enabled)
+        if self._late:
+            await self._call(self._dev.set_vring_enable, index, enabled)
+        else:
+            await self._call(self._launcher.set_kick, ring)
         if enabled:
+            self._moving.add(index)
             # vdpa_sim keeps the ring's position but needs a kick to look at it again.
             await signal_eventfds(ring.kick, ring.call)
+
+    # Without being started again. One that was disabled got no kicks, and no more happened to it
+    # where the device can't enable it late. mlx5 needs for it what it needs for RESUME.
+    def _can_enable(self, index: int) -> bool:
+        if index not in self._moving:
+            return self._late
+        return not self._late or self.capabilities.resume.how is How.NATIVE
 
     async def aclose(self) -> None:
         if self.state is State.CLOSED:

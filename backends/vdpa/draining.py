@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Collection, Iterable
 
-from vhostbridge.backends.errors import Unsupported
+from vhostbridge.backends.errors import KernelRefused, Unsupported
 from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.ring_memory import available_index, used_index
 
@@ -24,7 +25,8 @@ def wait_drained(
 
     A request is done once it is used. One whose kick was just delivered may not even be fetched;
     one that the driver has not kicked for yet never will be: so a position short of what was
-    available counts only when it has not moved for a while.
+    available counts only when it has not moved for a while. vp_vdpa tells no positions: all that is
+    available has to be done.
 
     Raises:
         Unsupported: requests take too long.
@@ -34,7 +36,9 @@ def wait_drained(
         available = available_index(regions, vring)
         last, since = -1, 0.0
         while True:
-            base, now = device.vring_base(vring.index), time.monotonic()
+            base, now = _position(device, vring.index), time.monotonic()
+            if base is None:
+                base = available = available_index(regions, vring)
             if base != last:
                 last, since = base, now
             if base == used_index(regions, vring) and (
@@ -47,3 +51,12 @@ def wait_drained(
                     f"requests in {DRAIN_SECONDS:g} s"
                 )
             time.sleep(0.001)
+
+
+def _position(device: Chardev, index: int) -> int | None:
+    try:
+        return device.vring_base(index)
+    except KernelRefused as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return None
+        raise

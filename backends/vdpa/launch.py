@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 from vhostbridge.backends.control_vring import ControlVring
-from vhostbridge.backends.errors import Unsupported
+from vhostbridge.backends.errors import KernelRefused, Unsupported
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.guest import VringSetup
 from vhostbridge.backends.lifecycle import Status
@@ -50,9 +51,14 @@ class Launcher:
 
     def set_eventfds(self, vring: VringSetup) -> None:
         """Give a vring its eventfds, or take those away that it has no more."""
-        self._device.set_vring_kick(vring.index, vring.kick)
+        self.set_kick(vring)
         self._device.set_vring_call(vring.index, vring.call)
         self._device.set_vring_err(vring.index, vring.err)
+
+    def set_kick(self, vring: VringSetup) -> None:
+        """Let a vring be kicked, unless it is a disabled one of a device that can't be told so."""
+        kicked = vring.enabled or self._late
+        self._device.set_vring_kick(vring.index, vring.kick if kicked else None)
 
     def _negotiate(self, features: int) -> None:
         status = Status.ACKNOWLEDGE | Status.DRIVER
@@ -66,15 +72,31 @@ class Launcher:
 
     def _set_up(self, vring: VringSetup) -> None:
         self._device.set_vring_num(vring.index, vring.size)
-        self._device.set_vring_base(vring.index, vring.base or 0)
+        self._set_base(vring.index, vring.base or 0)
         self._device.set_vring_addr(
             vring.index, vring.descriptor_area, vring.driver_area, vring.device_area
         )
         self.set_eventfds(vring)
 
+    # vp_vdpa and eni know the position of a new vring only, and so does an older SolidRun.
+    def _set_base(self, index: int, base: int) -> None:
+        try:
+            self._device.set_vring_base(index, base)
+        except KernelRefused as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            raise Unsupported(
+                f"{self._target} can't go on: its kernel driver does not set a vring's position "
+                f"({base:#x} of vring {index})",
+                "a guest that resets the device can use it again: reboot it, or switch to another",
+            ) from None
+
+    # After a reset the others are disabled. vp_vdpa would say so as no virtio driver may, and
+    # QEMU's devices break at it.
     def _enable(self, vrings: Sequence[VringSetup]) -> None:
         for vring in vrings:
-            self._device.set_vring_enable(vring.index, vring.enabled)
+            if vring.enabled:
+                self._device.set_vring_enable(vring.index, True)
 
     def _say(self, status: Status) -> None:
         self._device.set_status(self._device.status() | status)
@@ -98,4 +120,4 @@ class Launcher:
             self._enable(vrings)
         else:
             for vring in vrings:
-                self._device.set_vring_kick(vring.index, vring.kick)
+                self.set_kick(vring)

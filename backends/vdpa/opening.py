@@ -77,7 +77,7 @@ def _capabilities(features: BackendFeature) -> Capabilities:
         memory_hotplug=Ability(How.NATIVE, "IOTLB update while running")
         if can_resume
         else Ability(How.NATIVE, "IOTLB update while running; removal does not pause the device"),
-        vring_stop=Ability(How.EMULATED, "the whole device is suspended, the others resume")
+        vring_stop=Ability(How.EMULATED, "the whole device is suspended, the others start again")
         if can_suspend
         else Ability(How.EMULATED, "the whole device is drained and started again"),
     )

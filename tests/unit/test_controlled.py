@@ -269,7 +269,7 @@ async def test_resumed_device_remembers_and_restarted_one_is_told_again() -> Non
         await b.device.suspend()
         rings = [replace(v, base=None, enabled=v.index < 2) for v in b.device.vrings.values()]
         await b.device.run(VERSION_1 | MQ, rings)
-        assert b.commands() == [pairs(1)]
+        assert b.commands() == [pairs(1), PROMISC]
         await b.device.run(VERSION_1 | MQ, [replace(v, size=32, base=0) for v in rings])
         assert b.commands() == [pairs(1), PROMISC]
 
