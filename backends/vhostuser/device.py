@@ -193,7 +193,7 @@ class VhostUserDevice(Device):
     async def _start(self, features: int, vrings: Sequence[VringSetup]) -> None:
         if not self._rings:
             await self._set_features(features)
-            await self._inflight.give(vrings)
+            await self._inflight.give(vrings, self._deaf)
             await self._add_status(Status.FEATURES_OK)
         for vring in vrings:
             await self._program(vring)
@@ -221,16 +221,17 @@ class VhostUserDevice(Device):
             await self._client.request(Request.SET_STATUS, U64(status.value | bits))
 
     # Back-ends start a ring when its kick arrives, qemu-storage-daemon even one that is disabled.
-    # So the kick is last: before it nothing was taken, and another device can go on instead.
+    # So the kick is last: before it nothing was taken, and another device can go on instead. The
+    # call is first: VPP has no third vring, or a later one, before it was given a call.
     async def _program(self, vring: VringSetup) -> None:
         request = self._client.request
         index = vring.index
+        await self._send_fd(Request.SET_VRING_CALL, index, vring.call)
         await request(Request.SET_VRING_NUM, VringState(index, vring.size))
         await request(Request.SET_VRING_BASE, VringState(index, vring.base or 0))
         await request(Request.SET_VRING_ADDR, self._address(vring))
         if vring.err is not None:
             await self._send_fd(Request.SET_VRING_ERR, index, vring.err)
-        await self._send_fd(Request.SET_VRING_CALL, index, vring.call)
         if self._has_protocol:
             await request(Request.SET_VRING_ENABLE, VringState(index, int(vring.enabled)))
         # From the kick on it runs, whether or not we get to see the answer.

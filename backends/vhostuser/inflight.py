@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from vhostbridge.backends.errors import PeerError
-from vhostbridge.backends.fds import close_all
+from vhostbridge.backends.fds import OwnedFd, close_all
 from vhostbridge.backends.guest import VringSetup
 from vhostbridge.backends.inflight import InflightBuffer
 
 from .client import Client
-from .messages import Inflight, ProtocolFeature, Request
+from .messages import Inflight, ProtocolFeature, Request, VringFd
 
 
 class BackendInflight:
@@ -46,19 +46,26 @@ class BackendInflight:
             close_all(fds)
             raise
 
-    async def give(self, vrings: Sequence[VringSetup]) -> None:
+    async def give(self, vrings: Sequence[VringSetup], deaf: OwnedFd) -> None:
         """Tell the back-end which buffer it is, before the first of ``vrings`` starts.
 
-        libvhost-user starts no vring without one where the feature was negotiated.
+        libvhost-user starts no vring without one where the feature was negotiated. DPDK and SPDK
+        give those vrings a place in it that they have been told of. So they are given the call
+        ``deaf`` until they start, as QEMU does when it connects.
         """
         if not self.offered or not vrings:
             return
         buffer = self.given
+        indices: Iterable[int] = [v.index for v in vrings]
         if buffer is None:
-            queues = max(self._queue_num, *(v.index + 1 for v in vrings))
+            queues = max(self._queue_num, *(index + 1 for index in indices))
             buffer = await self.make(queues, max(v.size for v in vrings))
             self.close()
             self._own = buffer
+        else:
+            indices = range(min(buffer.queues, max(self._queue_num, *(i + 1 for i in indices))))
+        for index in indices:
+            await self._client.request(Request.SET_VRING_CALL, VringFd(index, True), [deaf])
         place = Inflight(buffer.size, buffer.offset, buffer.queues, buffer.queue_size)
         await self._client.request(Request.SET_INFLIGHT_FD, place, [buffer.fd])
 

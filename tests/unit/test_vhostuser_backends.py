@@ -1,0 +1,152 @@
+"""Back-ends that take messages in other ways than QEMU's library: each as its source has it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import pytest
+
+from tests.unit.fakes import (
+    VERSION_1,
+    Frame,
+    eventfd,
+    memfd,
+)
+from tests.unit.scripted import OFFER, PF, Backend, connected
+from vhostbridge.backends.fds import OwnedFd
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
+from vhostbridge.backends.inflight import InflightBuffer
+from vhostbridge.backends.lifecycle import State
+from vhostbridge.backends.vhostuser.device import VhostUserDevice
+from vhostbridge.backends.vhostuser.messages import ProtocolFeature, Request
+
+R = Request
+SIZE = 0x10000
+WITH_STATE = {R.SET_VRING_NUM, R.SET_VRING_BASE, R.GET_VRING_BASE, R.SET_VRING_ENABLE}
+WITH_FD = {R.SET_VRING_KICK, R.SET_VRING_CALL, R.SET_VRING_ERR}
+
+
+def index_of(got: Frame) -> int | None:
+    """Which vring a message is about."""
+    if got.request in WITH_FD:
+        return got.u64 & 0xFF
+    if got.request in WITH_STATE or got.request == R.SET_VRING_ADDR:
+        return int.from_bytes(got.payload[:4], "little")
+    return None
+
+
+class Guest:
+    """Memory, and vrings in it with eventfds of their own."""
+
+    def __init__(self) -> None:
+        self.owned: list[OwnedFd] = []
+
+    def own(self, fd: OwnedFd) -> OwnedFd:
+        self.owned.append(fd)
+        return fd
+
+    def region(self, at: int) -> MemoryRegion:
+        return MemoryRegion(at, SIZE, self.own(memfd(SIZE)), 0, (0, at, 0))
+
+    def vring(self, index: int, base: int = 0) -> VringSetup:
+        at = 0x3000 * index
+        kick, call = self.own(eventfd()), self.own(eventfd())
+        return VringSetup(index, 16, at, at + 0x1000, at + 0x2000, base, kick, call, None, True)
+
+
+@contextmanager
+def guest() -> Iterator[Guest]:
+    made = Guest()
+    try:
+        yield made
+    finally:
+        for fd in made.owned:
+            fd.close()
+
+
+@asynccontextmanager
+async def peer(
+    kind: type[Backend], offer: ProtocolFeature, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[VhostUserDevice, Backend, Guest]]:
+    """A device of ours that is connected to such a back-end, and has a guest's memory."""
+    monkeypatch.setattr("tests.unit.scripted.Backend", kind)
+    async with connected(offer) as (device, backend):
+        with guest() as vm:
+            await device.set_memory([vm.region(0)])
+            yield device, backend, vm
+
+
+class Vpp(Backend):
+    """Has two vrings until it is given the call of another one; hangs up on a vring it has not.
+
+    With addresses it takes both positions of a vring from where a split one has its used index.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.vrings = 2
+        self.positions: dict[int, int] = {}
+
+    def _honest(self, got: Frame) -> bytes | None:
+        index = index_of(got)
+        if got.request == R.SET_VRING_CALL and index is not None:
+            self.vrings = max(self.vrings, (index | 1) + 1)
+        elif index is not None and index >= self.vrings:
+            self.peer.close()
+            return None
+        if got.request == R.SET_VRING_ADDR and index is not None:
+            self.positions[index] = 0
+        elif got.request == R.SET_VRING_BASE:
+            index, self.positions[index] = struct.unpack("=II", got.payload)
+        return super()._honest(got)
+
+
+VPP = PF.MQ | PF.LOG_SHMFD
+
+
+async def test_vpp_is_given_more_vrings_than_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with peer(Vpp, VPP, monkeypatch) as (device, _, vm):
+        first = [vm.vring(0), vm.vring(1)]
+        await device.run(VERSION_1, first)
+        await device.run(VERSION_1, [*first, vm.vring(2), vm.vring(3)])
+        await device.suspend()
+        assert device.state is State.SUSPENDED
+
+
+class Dpdk(Backend):
+    """Gives a place in the in-flight buffer to the vrings that it has been told of by then."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.known: set[int] = set()
+        self.places: dict[int, int] = {}
+
+    def _honest(self, got: Frame) -> bytes | None:
+        if (index := index_of(got)) is not None:
+            self.known.add(index)
+        if got.request == R.SET_INFLIGHT_FD:
+            size, _, queues, _ = struct.unpack_from("=QQHH", got.payload)
+            self.known.add(queues - 1)
+            place = 0
+            for index in range(queues):
+                if index in self.known:
+                    self.places[index] = place
+                    place += size // queues
+        return super()._honest(got)
+
+
+async def test_each_vring_has_its_place_in_the_inflight_buffer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else SPDK would not note its requests, and after a crash nobody would know of them."""
+    async with peer(Dpdk, OFFER | PF.INFLIGHT_SHMFD, monkeypatch) as (device, backend, vm):
+        assert isinstance(backend, Dpdk)
+        with InflightBuffer(memfd(0x4000), 0, 0x4000, 4, 16) as buffer:
+            device.use_inflight(buffer)
+            first = vm.vring(0)
+            await device.run(VERSION_1, [first])
+            await device.run(VERSION_1, [first, vm.vring(1)])
+            assert backend.places == {0: 0, 1: 0x1000, 2: 0x2000, 3: 0x3000}
+            device.use_inflight(None)
