@@ -72,7 +72,8 @@ class VhostUserDevice(Device):
         # Where vrings stopped; each with its base.
         self._stopped: dict[int, VringSetup] = {}
         self._config_changed = False
-        self._logging = False
+        # Borrowed, like the vrings' eventfds.
+        self._log: DirtyLog | None = None
         self._used_logs: dict[int, int] = {}
         self._inflight = BackendInflight(client, info.target, info.queue_num)
         # The call eventfd of vrings that are stopping: nobody listens.
@@ -142,7 +143,18 @@ class VhostUserDevice(Device):
 
     @whole
     async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
+        before = {region.key for region in self._memory.regions}
         await self._memory.change(regions)
+        log = self._log
+        new = any(region.key not in before for region in regions)
+        if log is None or not new or not log.covers(regions):
+            return
+        try:
+            # rust-vmm's library logs in memory that was there at this message only.
+            await self._say_log(log)
+        except BridgeError as error:
+            self.fail(f"what it writes to new memory would not be logged: {error}")
+            raise
 
     # Life
 
@@ -207,7 +219,7 @@ class VhostUserDevice(Device):
 
     async def _say_features(self, features: int) -> None:
         word = features | (_PF_BIT if self._has_protocol else 0)
-        word |= _LOG_BIT if self._logging else 0
+        word |= _LOG_BIT if self._log is not None else 0
         await self._client.request(Request.SET_FEATURES, U64(word))
 
     def _goes_on(self, vring: VringSetup) -> bool:
@@ -315,26 +327,28 @@ class VhostUserDevice(Device):
     # In QEMU's order. What was logged last is the front-end's to keep.
     @whole
     async def log_writes(self, log: DirtyLog | None, used: Mapping[int, int]) -> None:
-        if log is None and not self._logging:
+        if log is None and self._log is None:
             return
         if not self._has(ProtocolFeature.LOG_SHMFD):
             raise Unsupported(f"back-end {self.info.target} does not offer LOG_SHMFD")
         if log is not None:
-            place = Log(log.size, log.offset)
-            await self._client.request(Request.SET_LOG_BASE, place, [log.fd])
-        before, self._logging = self._logging, log is not None
+            await self._say_log(log)
+        before, self._log = self._log, log
         old, self._used_logs = self._used_logs, dict(used) if log is not None else {}
         try:
-            if self._rings and before != self._logging:
+            if self._rings and (before is None) != (log is None):
                 await self._set_features(self.features)
             for vring in self._rings.values():
                 if old.get(vring.index) != self._used_logs.get(vring.index):
                     await self._client.request(Request.SET_VRING_ADDR, self._address(vring))
         except BridgeError:
             # What is asked for again is said again.
-            self._logging, self._used_logs = before, old
+            self._log, self._used_logs = before, old
             raise
         await self._memory.barrier()
+
+    async def _say_log(self, log: DirtyLog) -> None:
+        await self._client.request(Request.SET_LOG_BASE, Log(log.size, log.offset), [log.fd])
 
     # Requests in flight
 

@@ -12,9 +12,12 @@ from tests.unit.fakes import (
     VERSION_1,
     Frame,
     eventfd,
+    frame,
     memfd,
+    u64,
 )
 from tests.unit.scripted import OFFER, PF, Backend, connected
+from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.inflight import InflightBuffer
@@ -150,3 +153,48 @@ async def test_each_vring_has_its_place_in_the_inflight_buffer(
             await device.run(VERSION_1, [first, vm.vring(1)])
             assert backend.places == {0: 0, 1: 0x1000, 2: 0x2000, 3: 0x3000}
             device.use_inflight(None)
+
+
+class RustVmm(Backend):
+    """Logs what it writes to the memory that it has at SET_LOG_BASE, and to no other."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.memory: set[int] = set()
+        self.logged: set[int] = set()
+
+    def _honest(self, got: Frame) -> bytes | None:
+        if got.request == R.SET_MEM_TABLE:
+            count = struct.unpack_from("=I", got.payload)[0]
+            places = [8 + 32 * number for number in range(count)]
+            self.memory = {struct.unpack_from("=Q", got.payload, at)[0] for at in places}
+            self.logged.clear()
+        elif got.request in (R.ADD_MEM_REG, R.REM_MEM_REG):
+            address = struct.unpack_from("=Q", got.payload, 8)[0]
+            self.memory ^= {address}
+            self.logged.discard(address)
+        elif got.request == R.SET_LOG_BASE:
+            self.logged = set(self.memory)
+            return frame(got.request, u64(0), 5)
+        return super()._honest(got)
+
+
+SLOTS = OFFER | PF.LOG_SHMFD
+
+
+@pytest.mark.parametrize("offer", [SLOTS, SLOTS & ~PF.CONFIGURE_MEM_SLOTS], ids=["slots", "table"])
+async def test_writes_to_memory_that_came_during_a_migration_are_logged(
+    monkeypatch: pytest.MonkeyPatch, offer: ProtocolFeature
+) -> None:
+    """virtiofsd is made with rust-vmm's library. Else the destination would have old pages."""
+    async with peer(RustVmm, offer, monkeypatch) as (device, backend, vm):
+        assert isinstance(backend, RustVmm)
+        await device.run(VERSION_1, [vm.vring(0)])
+        with DirtyLog(memfd(4096), 0, 4096) as log:
+            await device.log_writes(log, {})
+            await device.set_memory([vm.region(0x100000), vm.region(0x200000)])
+            assert backend.logged == backend.memory == {0x100000, 0x200000}
+            backend.take()
+            await device.log_writes(None, {})
+            await device.set_memory([vm.region(0x100000)])
+            assert "SET_LOG_BASE" not in backend.names
