@@ -240,8 +240,12 @@ class VhostUserDevice(Device):
         index = vring.index
         await self._send_fd(Request.SET_VRING_CALL, index, vring.call)
         await request(Request.SET_VRING_NUM, VringState(index, vring.size))
-        await request(Request.SET_VRING_BASE, VringState(index, vring.base or 0))
-        await request(Request.SET_VRING_ADDR, self._address(vring))
+        base = Request.SET_VRING_BASE, VringState(index, vring.base or 0)
+        address = Request.SET_VRING_ADDR, self._address(vring)
+        # With the addresses VPP takes a used index from memory, where packed vrings have none.
+        packed = self.features & TransportFeature.RING_PACKED.mask
+        for message in (address, base) if packed else (base, address):
+            await request(*message)
         if vring.err is not None:
             await self._send_fd(Request.SET_VRING_ERR, index, vring.err)
         if self._has_protocol:
@@ -284,8 +288,8 @@ class VhostUserDevice(Device):
         if vring is None:
             return
         try:
-            # What tells libvhost-user from others: it has no STATUS.
-            if self._has(ProtocolFeature.STATUS):
+            # What tells libvhost-user from others: it has no STATUS, but protocol features.
+            if self._has(ProtocolFeature.STATUS) or not self._has_protocol:
                 stopped = await self._client.stop_vring(index)
             else:
                 stopped = await self._client.stop_busy_vring(index, vring.enabled, self._deaf)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 
 import pytest
 
 from tests.unit.fakes import (
+    DEVICE_FEATURES,
+    PROTOCOL_FEATURES,
+    RING_PACKED,
     VERSION_1,
     Frame,
     eventfd,
@@ -118,6 +122,13 @@ async def test_vpp_is_given_more_vrings_than_two(monkeypatch: pytest.MonkeyPatch
         assert device.state is State.SUSPENDED
 
 
+async def test_packed_vrings_of_vpp_go_on_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with peer(Vpp, VPP, monkeypatch) as (device, backend, vm):
+        assert isinstance(backend, Vpp)
+        await device.run(VERSION_1 | RING_PACKED, [vm.vring(0, 0x8005_8005)])
+        assert backend.positions == {0: 0x8005_8005}
+
+
 class Dpdk(Backend):
     """Gives a place in the in-flight buffer to the vrings that it has been told of by then."""
 
@@ -198,3 +209,26 @@ async def test_writes_to_memory_that_came_during_a_migration_are_logged(
             await device.log_writes(None, {})
             await device.set_memory([vm.region(0x100000)])
             assert "SET_LOG_BASE" not in backend.names
+
+
+class Plain(Backend):
+    """Offers no protocol features: SET_VRING_ENABLE does not exist, and rust-vmm hangs up."""
+
+    def _honest(self, got: Frame) -> bytes | None:
+        if got.request == R.GET_FEATURES:
+            return frame(got.request, u64(DEVICE_FEATURES & ~PROTOCOL_FEATURES), 5)
+        if got.request == R.SET_VRING_ENABLE:
+            self.peer.close()
+            return None
+        return super()._honest(got)
+
+
+async def test_vrings_of_a_back_end_without_protocol_features_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with peer(Plain, ProtocolFeature(0), monkeypatch) as (device, backend, vm):
+        vring = vm.vring(0)
+        await device.run(VERSION_1, [replace(vring, base=0)])
+        await device.suspend()
+        assert device.state is State.SUSPENDED
+        assert backend.names[-1] == "GET_VRING_BASE"
