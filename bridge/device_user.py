@@ -18,7 +18,7 @@ from vhostbridge.backends.device import Device
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
 from vhostbridge.backends.guest import VringSetup
-from vhostbridge.backends.lifecycle import State, Status
+from vhostbridge.backends.lifecycle import How, State, Status
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
 from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature
 
@@ -125,8 +125,9 @@ class DeviceUser:
         if self._stands_still or self.device.failed.is_set():
             return False
         vrings = self.vrings.values()
-        if any(v.running for v in vrings) and self.device.state is State.SUSPENDED:
-            return True
+        running = [vring for vring in vrings if vring.running]
+        if running and self.device.state is State.SUSPENDED:
+            return all(vring.regions(self.memory, self.packed) for vring in running)
         return self._may_start and any(v.ready and not v.running for v in vrings)
 
     async def apply(self) -> None:
@@ -385,10 +386,24 @@ class DeviceUser:
                 vring.stop(await self.device.stop_vring(vring.index))
 
     async def set_memory(self, table: MemoryTable) -> None:
-        """Replace guest memory; on failure the old table stays and the new one is the caller's."""
-        await self.device.set_memory(table.regions)
+        """Replace guest memory; on failure the old table stays and the new one is the caller's.
+
+        Where that takes away the region that a running vring lies in, the device is suspended until
+        the vring is in memory again: it would look for it where it was. QEMU removes and adds a
+        region that grows.
+        """
+        device = self.device
+        goes_on = device.capabilities.resume.how is How.NATIVE and not isinstance(device, StandIn)
+        if device.state is State.RUNNING and goes_on and self._takes_vrings(table):
+            await device.suspend()
+        await device.set_memory(table.regions)
         old, self.memory = self.memory, table
         old.close_unused(table)
+
+    def _takes_vrings(self, table: MemoryTable) -> bool:
+        running = [vring for vring in self.vrings.values() if vring.running]
+        used = {key for vring in running for key in vring.regions(self.memory, self.packed)}
+        return not used <= {region.key for region in table.regions}
 
     # The dirty log
 

@@ -134,6 +134,15 @@ class FrontendVring:
             enabled=self.enabled,
         )
 
+    def regions(self, table: MemoryTable, packed: bool) -> set[tuple[int, int, int, int, int]]:
+        """Which regions of memory it lies in; none if it is not wholly in memory."""
+        try:
+            setup = self.setup(table, packed)
+        except PeerError:
+            return set()
+        areas = (setup.descriptor_area, setup.driver_area, setup.device_area)
+        return {r.key for r in table.regions if any(r.guest_address <= a < r.end for a in areas)}
+
     def stop(self, base: int | None, *, keep_call: bool = False) -> None:
         """Forget the eventfds, as back-ends do at GET_VRING_BASE; the front-end sends new ones.
 

@@ -106,8 +106,45 @@ async def test_a_memory_table_is_replaced_while_running(autojump_clock: MockCloc
         with vm.memfd() as low:
             await vm.ack(R.SET_MEM_TABLE, TABLE, low)
         assert shared_files() == before
+        await vm.settle()
         both = ("set_memory", (0, MEMORY), (MEMORY, MEMORY))
-        assert vm.device.take_calls() == [both, ALL]
+        run = ("run", DEVICE_GETS, (0, None))
+        assert vm.device.take_calls() == [("suspend",), both, ALL, run]
+
+
+async def test_a_vring_whose_memory_goes_stands_still_until_it_is_back(
+    autojump_clock: MockClock,
+) -> None:
+    """A region that grows or shrinks is removed and added, in two messages or by a new table."""
+    async with connected() as vm:
+        memory = vm.memfd()
+        await vm.start(0)
+        await vm.ack(R.REM_MEM_REG, bytes(8) + region(0, MEMORY, USER))
+        await vm.settle()
+        none = ("set_memory",)
+        assert vm.device.take_calls() == [("suspend",), none]
+        low = bytes(8) + region(0, 0x1000, USER)
+        await vm.ack(R.ADD_MEM_REG, low, memory)
+        await vm.settle()
+        assert vm.device.take_calls() == [("set_memory", (0, 0x1000))]
+        high = bytes(8) + region(0x2000, MEMORY - 0x2000, USER + 0x2000, 0x2000)
+        await vm.ack(R.ADD_MEM_REG, high, memory)
+        await vm.settle()
+        parts = ("set_memory", (0, 0x1000), (0x2000, MEMORY - 0x2000))
+        assert vm.device.take_calls() == [parts, ("run", DEVICE_GETS, (0, None))]
+        # What has no vring in it comes and goes without a pause.
+        await vm.ack(R.REM_MEM_REG, low)
+        await vm.settle()
+        assert vm.device.take_calls() == [("set_memory", (0x2000, MEMORY - 0x2000))]
+
+
+async def test_a_vring_whose_memory_is_gone_can_be_stopped(autojump_clock: MockClock) -> None:
+    async with connected() as vm:
+        await vm.start(0)
+        vm.device.bases[0] = 7
+        await vm.ack(R.REM_MEM_REG, bytes(8) + region(0, MEMORY, USER))
+        await vm.settle()
+        assert await vm.base(0) == 7
 
 
 async def test_slots_are_added_and_removed_while_running(autojump_clock: MockClock) -> None:
