@@ -51,11 +51,13 @@ REQUESTS = 100
 
 # How long a back-end may take to answer, in seconds. Some answers come after requests in flight: a
 # vring's own, or, before the first answer, those of the front-end before us. Or after it has taken
-# a state in.
+# a state in. Or after memory was mapped: SPDK has the kernel fill it in, and stops what runs.
 ANSWER = 10.0
 SLOW = {
     Request.GET_FEATURES: 30.0,
     Request.GET_VRING_BASE: 30.0,
+    Request.SET_MEM_TABLE: 30.0,
+    Request.ADD_MEM_REG: 30.0,
     Request.CHECK_DEVICE_STATE: 300.0,
 }
 

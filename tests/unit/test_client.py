@@ -11,10 +11,17 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.unit.fakes import Frame, RawPeer, eventfd, frame, state, u64
+from tests.unit.fakes import Frame, RawPeer, eventfd, frame, memfd, state, u64
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost, Unanswered
 from vhostbridge.backends.vhostuser.client import Client
-from vhostbridge.backends.vhostuser.messages import U64, ProtocolFeature, Request, VringState
+from vhostbridge.backends.vhostuser.messages import (
+    U64,
+    MemReg,
+    ProtocolFeature,
+    Region,
+    Request,
+    VringState,
+)
 
 REPLY_ACK = ProtocolFeature.REPLY_ACK
 
@@ -372,3 +379,18 @@ async def test_a_vring_may_take_longer_to_stop(autojump_clock: MockClock) -> Non
 
         nursery.start_soon(answer)
         assert (await client.stop_vring(3)).num == 7
+
+
+async def test_memory_may_take_longer_to_map(autojump_clock: MockClock) -> None:
+    """SPDK populates it: hundreds of GiB take longer than any other answer."""
+    memory = MemReg(Region(0, 0x1000, 0, 0))
+    async with connected() as (client, peer, nursery):
+
+        async def answer() -> None:
+            os.close((await asked(peer)).fds[0])
+            await trio.sleep(25)
+            await peer.send(frame(Request.ADD_MEM_REG, u64(0), 0x5))
+
+        nursery.start_soon(answer)
+        with memfd(0x1000) as fd:
+            await client.request(Request.ADD_MEM_REG, memory, [fd])
