@@ -120,7 +120,8 @@ class GuestMemory:
     def _map(self, mapping: Mapping) -> None:
         self._device.iotlb_map(mapping.iova, mapping.size, mapping.address, **self._space)
 
-    # The kernel says EFAULT whatever happened; the locked-memory limit is the usual reason.
+    # The kernel says EFAULT whatever happened. The locked-memory limit is the usual reason, and the
+    # one of entries the next: hardware needs one for each piece of memory that is in one place.
     def _explain(self, error: KernelRefused, new: Sequence[Mapping]) -> BridgeError:
         limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         needed = sum(m.size for m in new) + _pinned_bytes()
@@ -130,7 +131,23 @@ class GuestMemory:
                 f"{limit // 1024} KiB",
                 "set LimitMEMLOCK=infinity in the unit, or ulimit -l unlimited",
             )
+        if new and (entries := _entry_limit()):
+            error.hint = (
+                f"this kernel maps {entries} pieces of memory at most: give the guest huge pages, "
+                "or load vhost_vdpa with more max_iotlb_entries"
+            )
         return error
+
+
+# Linux 7.2 and newer, and stable kernels that took it over.
+_ENTRIES = Path("/sys/module/vhost_vdpa/parameters/max_iotlb_entries")
+
+
+def _entry_limit() -> str:
+    try:
+        return _ENTRIES.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def _pinned_bytes() -> int:

@@ -8,6 +8,7 @@ import struct
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -258,3 +259,16 @@ async def test_a_device_that_tells_no_positions_stops_when_all_is_done(
         b.indices(0, 0)
         await b.device.run(FEATURES, [replace(v, base=0) for v in b.rings])
         assert b.kernel.going == {0, 1}
+
+
+async def test_too_many_pieces_of_memory_are_explained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Hardware takes an entry for each piece that is in one place; the kernel tells EFAULT."""
+    limit = tmp_path / "max_iotlb_entries"
+    limit.write_text("2048\n")
+    monkeypatch.setattr("vhostbridge.backends.vdpa.memory._ENTRIES", limit)
+    async with bench(SolidRun) as b:
+        b.kernel.arm(0)
+        with pytest.raises(KernelRefused, match="this kernel maps 2048 pieces of memory at most"):
+            await b.device.set_memory([*b.regions, b.region(1 << 30)])
