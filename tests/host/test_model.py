@@ -65,7 +65,7 @@ def test_save_and_load_between_suspend_and_resume(
     options: dict[str, object] = {"size": SIZE, "state": tmp_path / "state", "seed": 10}
     first, second = tmp_path / "first", tmp_path / "second"
     blkio.run(bridge.listen, "fill", **options)
-    with blkio.start(bridge.listen, "write-read", depth=8, seconds=3, **options) as client:
+    with blkio.start(bridge.listen, "write-read", depth=8, seconds=6, **options) as client:
         client.wait_for_output(blkio.RUNNING)
         bridge.operate("Suspend")
         bridge.command("save", first)

@@ -63,7 +63,7 @@ def machine() -> System:
 def install(name: str) -> None:
     """Install the package of that name, as apt has dpkg do it."""
     (found,) = (PACKAGES / name).glob("*.deb")
-    started().run("dpkg", "--force-unsafe-io", "--install", str(found), timeout=90)
+    started().run("dpkg", "--force-unsafe-io", "--install", str(found), timeout=180)
 
 
 def is_ours(node: Path) -> bool:
@@ -98,7 +98,7 @@ def load() -> Iterator[None]:
         yield
         assert client.poll() is None, client.communicate()
         client.send_signal(signal.SIGTERM)
-        output, _ = client.communicate(timeout=60)
+        output, _ = client.communicate(timeout=120)
         assert client.returncode == 0, output
         result = json.loads(output.splitlines()[-1])
         assert result["writes"] > 0 and result["verified"] > 0, result

@@ -88,7 +88,7 @@ def check_trace_has_every_call_that_strace_saw() -> None:
             ("it", "vdpa:blk0"),
             prefix=[*strace, "-o", str(log)],
             more=["--trace", str(path)],
-            patience=60,  # a process of its own, and watched
+            patience=120,  # a process of its own, and watched
         ) as bridge:
             libblkio.run(USER, bridge.socket, "write-read", size=4 * MIB, depth=8, seed=3)
             libblkio.run(USER, bridge.socket, "fill", size=4 * MIB, depth=8, seed=4)

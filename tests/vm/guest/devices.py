@@ -198,7 +198,7 @@ def serving(
     prefix: Sequence[str] = (),
     before: Callable[[], None] | None = None,
     more: Sequence[str] = (),
-    patience: float = 60.0,
+    patience: float = 120.0,
 ) -> Iterator[BridgeProcess]:
     """A daemon that serves `(name, back-end)` pairs on /tmp/NAME.sock; must end with status 0.
 

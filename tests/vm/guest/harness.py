@@ -28,7 +28,7 @@ from types import FrameType
 
 from .devices import SECOND_PROCESSOR, both_processors
 
-SECONDS = 900 if os.environ.get("VHOST_BRIDGE_SOAK") else 200  # a check may take
+SECONDS = 900 if os.environ.get("VHOST_BRIDGE_SOAK") else 400  # a check may take
 
 # What every bridge and most checks need: they are forks of this process.
 WARM = (

@@ -45,7 +45,7 @@ def running(path: str, **options: object) -> Iterator[subprocess.Popen[str]]:
 def finish(client: subprocess.Popen[str]) -> dict[str, Any]:
     """Wait for its end and return its result; all that it read was right."""
     try:
-        output, _ = client.communicate(timeout=60)
+        output, _ = client.communicate(timeout=120)
     except subprocess.TimeoutExpired:
         client.kill()
         client.wait()
