@@ -224,6 +224,13 @@ void vb_shadow_hold(struct vb_shadow *shadow)
 	shadow_unlock(shadow);
 }
 
+/* Whoever has the ring next may not look at this: vdpa_sim never writes its flags. */
+static bool ask_for_kicks(struct vb_shadow *shadow)
+{
+	guest_ring_want_kicks(&shadow->guest);
+	return false;
+}
+
 int64_t vb_shadow_stop(struct vb_shadow *shadow)
 {
 	if (!shadow->running)
@@ -237,6 +244,8 @@ int64_t vb_shadow_stop(struct vb_shadow *shadow)
 	shadow->running = false;
 	while (guarded(shadow, shadow_round))
 		continue;
+	if (!shadow->broken)
+		guarded(shadow, ask_for_kicks);
 	return 0;
 }
 

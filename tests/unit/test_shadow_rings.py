@@ -132,6 +132,39 @@ def test_no_frame_is_sent_before_there_are_buffers_for_answers(
     assert watched.held == [3, 1, 2, 0]
 
 
+SPLIT, PACKED = 0, TransportFeature.RING_PACKED.mask
+EVENT_IDX = TransportFeature.EVENT_IDX.mask
+
+
+@pytest.mark.parametrize(
+    ("features", "base", "offset", "asks"),
+    [
+        pytest.param(SPLIT, 3, 0, 0, id="split"),
+        pytest.param(SPLIT | EVENT_IDX, 3, 4 + 8 * 8, 3, id="split with indices"),
+        pytest.param(PACKED, 0x80038003, 2, 0, id="packed"),
+        pytest.param(PACKED | EVENT_IDX, 0x80038003, 0, 0x8003, id="packed with indices"),
+    ],
+)
+def test_driver_is_asked_for_kicks_when_the_vring_goes_straight_again(
+    features: int, base: int, offset: int, asks: int
+) -> None:
+    """The device need not say so itself: vdpa_sim does not."""
+    broken, region, memory = new_eventfd(), guest_memory(1), GuestMap()
+    memory.update([region])
+    with mmap.mmap(region.fd.fileno(), region.size) as guest, new_eventfd() as kick:
+        struct.pack_into("<H", guest, 0x102, 3)
+        rings = ShadowRings(features, [vring(base, kick)], memory, 1 << 32, broken)
+        rings.start()
+        rings.hold()
+        struct.pack_into("<H", guest, 0x200 + offset, 1)  # what it says while it works
+        rings.stop()
+        assert struct.unpack_from("<H", guest, 0x200 + offset) == (asks,)
+    rings.close()
+    memory.close()
+    broken.close()
+    region.fd.close()
+
+
 async def test_vrings_that_break_as_they_start_are_reported() -> None:
     region, errors = guest_memory(4), [new_eventfd() for _ in range(4)]
     with mmap.mmap(region.fd.fileno(), region.size) as guest, new_eventfd() as kick:

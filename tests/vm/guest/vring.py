@@ -12,6 +12,7 @@ from typing import Protocol
 from .memory import Memory
 
 NEXT, WRITE = 1, 2
+NO_NOTIFY = 1
 
 
 class Ring(Protocol):
@@ -86,7 +87,9 @@ class DriverRing(ABC):
         """Offer a chain to the device and return its name: its head, or its id."""
 
     def kick(self) -> None:
-        os.eventfd_write(self.kick_fd, 1)
+        """Notify the device, unless it asks not to: nobody else would, should it be wrong."""
+        if not self.memory.u16[self.used // 2] & NO_NOTIFY:
+            os.eventfd_write(self.kick_fd, 1)
 
     @abstractmethod
     def take_used(self) -> list[tuple[int, int]]:

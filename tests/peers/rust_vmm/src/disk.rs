@@ -13,6 +13,7 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
+const NO_NOTIFY: u16 = 1;
 
 #[derive(Clone, Copy)]
 struct Request {
@@ -35,6 +36,11 @@ impl Queue {
 
     pub fn device_area(&self) -> usize {
         self.at + 2 * PAGE
+    }
+
+    /// Whether the device asks for kicks; nobody else would notice if it did not in time.
+    pub fn wants_kicks(&self, memory: &Memory) -> bool {
+        memory.index(self.device_area()) & NO_NOTIFY == 0
     }
 
     fn data(&self, slot: usize) -> usize {

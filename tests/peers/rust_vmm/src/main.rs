@@ -71,7 +71,9 @@ impl Vmm {
     }
 
     fn kick(&self, queue: usize) {
-        self.device.kicks[queue].write(1).expect("kick");
+        if self.disk.queues[queue].wants_kicks(&self.memory) {
+            self.device.kicks[queue].write(1).expect("kick");
+        }
     }
 
     fn work_for(&mut self, length: Duration) {
