@@ -101,6 +101,8 @@ class Bridge:
             if self._succession.arrival is None:
                 await self._waiting.find()
             async with self._back_end.command_running(), trio.open_nursery() as nursery:
+                refusing = trio.CancelScope()
+                nursery.start_soon(self._refuse_at_the_end, endpoint, refusing)
                 try:
                     inherits = self._succession.arrival or self._waiting.incoming
                     begin = None if inherits else self._load_incoming
@@ -113,11 +115,21 @@ class Bridge:
                     if self._parting:
                         await self._parted.wait()
                 finally:
+                    refusing.cancel()
                     # Last, and whoever cancels us: a front-end that leaves stops its device.
                     self._back_end.stop()
         finally:
             self._succession.close()
             self._waiting.close()
+            endpoint.close(keep=self._parting)
+
+    # A front-end that is cut off connects anew at once, if it can; cloud-hypervisor does not try
+    # again once it was connected. So the socket goes first.
+    async def _refuse_at_the_end(self, endpoint: Endpoint, scope: trio.CancelScope) -> None:
+        try:
+            with scope:
+                await trio.sleep_forever()
+        finally:
             endpoint.close(keep=self._parting)
 
     async def _next_front_end(self, endpoint: Endpoint) -> trio.socket.SocketType | None:

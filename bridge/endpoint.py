@@ -33,7 +33,10 @@ class Endpoint(Protocol):
         """The next front-end's socket; ``None`` when there will be no more."""
 
     def close(self, *, keep: bool = False) -> None:
-        """Stop; a path of ours is removed, unless another process listens on there."""
+        """Stop; a path of ours is removed, unless another process listens on there.
+
+        Nothing happens if it has stopped.
+        """
 
 
 class _Listener:
@@ -56,7 +59,7 @@ class _Listener:
                 return sock
 
     def close(self, *, keep: bool = False) -> None:
-        if self._path is None or keep:
+        if self._path is None or keep or self._sock.fileno() < 0:
             self._sock.close()
         else:
             sockets.unlisten(self._sock, self._path)

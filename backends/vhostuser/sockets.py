@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import stat
@@ -15,6 +16,9 @@ from vhostbridge.backends.holders import listening_at, unix_listener
 
 #: Why nobody can be accepted for the moment.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+# Listening descriptors have numbers from this one on.
+HIGH = 512
 
 
 async def connect(path: str) -> trio.socket.SocketType:
@@ -75,7 +79,19 @@ def listen(path: str, *, mode: int = 0o600) -> trio.socket.SocketType:
         sock.close()
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise TargetError(f"cannot listen on {path}: {reason}") from None
-    return trio.socket.from_stdlib_socket(sock)
+    return trio.socket.from_stdlib_socket(_moved_up(sock))
+
+
+# The kernel hangs up the connections of a killed process one by one. A front-end that connects
+# anew at once may get into the queue of a listener that is still to go, and cloud-hypervisor does
+# not try again after that. As measured, descriptors of high numbers go first.
+def _moved_up(sock: socket.socket) -> socket.socket:
+    try:
+        high = fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, HIGH)
+    except OSError:
+        return sock  # it may not have that many
+    sock.close()
+    return socket.socket(fileno=high)
 
 
 def _clear_path(path: str) -> None:

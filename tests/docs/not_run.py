@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 HARDWARE = "the test machine has no such card"
-NO_PACKAGE = "Debian has no package of it, and the test machine has no KVM"
+NO_PACKAGE = "Debian has no package of it; it was run by hand"
 RUNNERS = "they are what runs the tests"
 BY_CI = "CI runs them (.ci/run)"
 #: Under systemd, with the Debian package.

@@ -207,15 +207,9 @@ impl Device {
         assert_eq!(reply[..], message[..]);
     }
 
-    /// Connect anew, with the requests in flight that the buffer tells of.
-    pub fn reconnect(&mut self, memory: &Memory, queues: &[Queue]) {
-        let began = Instant::now();
-        while let Err(error) = self.try_again(memory, queues) {
-            assert!(began.elapsed() < PATIENCE, "reconnect: {error}");
-        }
-    }
-
-    fn try_again(&mut self, memory: &Memory, queues: &[Queue]) -> Result<()> {
+    /// Connect anew, with the requests in flight that the buffer tells of. What fails once there
+    /// was a connection is not tried again.
+    pub fn reconnect(&mut self, memory: &Memory, queues: &[Queue]) -> Result<()> {
         self.vu = connected(&self.path, queues.len());
         self.vu.set_owner()?;
         self.vu.get_features()?;

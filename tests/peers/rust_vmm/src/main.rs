@@ -46,7 +46,7 @@ impl Vmm {
         // SAFETY: the array is as long as it says.
         unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as u64, 20) };
         if fds[self.queues()].revents & libc::POLLHUP != 0 {
-            self.device.reconnect(&self.memory, &self.disk.queues);
+            self.device.reconnect(&self.memory, &self.disk.queues).expect("reconnect");
             self.reconnected += 1;
         }
         let before = self.disk.in_flight();
