@@ -17,13 +17,14 @@ import trio
 from vhostbridge.backends.device import Device
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
-from vhostbridge.backends.guest import VringSetup
+from vhostbridge.backends.guest import VringSetup, with_base
 from vhostbridge.backends.lifecycle import How, State, Status
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
 from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature
 
 from .absence import Absence
 from .departure import recognise
+from .guest_commands import ask_for_kicks
 from .incoming import Incoming, Origin, arriving, compare_features
 from .memory import MemoryTable
 from .offer import check_features, check_protocol
@@ -172,6 +173,10 @@ class DeviceUser:
         there = not isinstance(self.device, StandIn)
         if there and self.incoming is None:
             await self.absence.load_copy(self.device)
+        if there and self.device.state is not State.RUNNING:
+            with suppress(BridgeError):  # which the device tells
+                places = [with_base(setup, self.device.vrings) for setup in setups]
+                ask_for_kicks(features, places, self.memory.regions)
         await self.device.run(features, setups)
         if there:
             self.absence.keep_copy(None)

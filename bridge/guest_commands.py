@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from vhostbridge.backends.errors import PeerError, Unsupported
-from vhostbridge.backends.guest import VringSetup
+from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.native import ffi, lib
 
 from .command_ring import COMMAND_MAX, REPLY_MAX
@@ -56,6 +58,10 @@ class GuestCommands:
         length = min(result, COMMAND_MAX + 1)
         return bytes(ffi.buffer(self._bytes, length)), min(self._room[0], REPLY_MAX)
 
+    def ask_for_kicks(self) -> None:
+        """Have the driver notify whoever has the vring next."""
+        lib.vb_requests_ask_for_kicks(self._handle)
+
     def give(self, reply: bytes) -> bool:
         """Answer the command that was fetched; whether the guest wants to be called for it.
 
@@ -79,3 +85,26 @@ class GuestCommands:
     def close(self) -> None:
         lib.vb_requests_free(self._handle)
         self._handle = ffi.NULL
+
+
+def ask_for_kicks(
+    features: int, vrings: Iterable[VringSetup], regions: Sequence[MemoryRegion]
+) -> None:
+    """Have the driver kick the device that is to start, in vrings that none runs.
+
+    One that polls, as DPDK's, tells the driver not to; not every device tells it otherwise.
+
+    Raises:
+        BridgeError: the vrings or their bases are not in guest memory.
+    """
+    memory = GuestMap()
+    try:
+        memory.update(regions)
+        for vring in vrings:
+            ring = GuestCommands(features, vring, memory)
+            try:
+                ring.ask_for_kicks()
+            finally:
+                ring.close()
+    finally:
+        memory.close()

@@ -44,6 +44,8 @@ int64_t vb_requests_give(struct vb_requests *requests, const uint8_t *reply, uin
 /* Where another one goes on, as vhost encodes it: a command that was fetched and not given back is
  * the next one there. */
 int64_t vb_requests_base(struct vb_requests *requests);
+/* Have the driver notify whoever has the vring next. 0, or what guest memory that is gone gives. */
+int64_t vb_requests_ask_for_kicks(struct vb_requests *requests);
 /* Why the vring broke; NULL while it did not. */
 const char *vb_requests_broken(struct vb_requests *requests);
 

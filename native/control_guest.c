@@ -206,6 +206,21 @@ int64_t vb_requests_give(struct vb_requests *requests, const uint8_t *reply, uin
 	return requests->fetched ? guarded_call(&call, give_back) : -EINVAL;
 }
 
+static void ask_for_kicks(void *argument)
+{
+	struct call *call = argument;
+
+	guest_ring_want_kicks(&call->requests->ring);
+	call->result = 0;
+}
+
+int64_t vb_requests_ask_for_kicks(struct vb_requests *requests)
+{
+	struct call call = {.requests = requests};
+
+	return guarded_call(&call, ask_for_kicks);
+}
+
 int64_t vb_requests_base(struct vb_requests *requests)
 {
 	uint32_t position = guest_ring_position(&requests->ring);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 import pytest
@@ -34,6 +35,7 @@ from tests.unit.frontend import (
 from vhostbridge.backends.errors import KernelRefused, TransportLost, Unsupported
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.messages import Request as R
+from vhostbridge.backends.virtio import TransportFeature
 
 ALL = ("set_memory", (0, MEMORY))
 CONFIG_57 = struct.pack("=III", 0, 57, 0) + bytes(57)
@@ -51,6 +53,9 @@ async def test_an_eventfd_changes_while_running(autojump_clock: MockClock, messa
         await vm.settle()
         name = message.name.lower().replace("vring_", "")
         assert vm.device.take_calls() == [(name, 0, True), (name, 0, False)]
+
+
+EVENT_IDX = TransportFeature.EVENT_IDX.mask
 
 
 async def test_a_new_call_is_signalled_once(autojump_clock: MockClock) -> None:
@@ -302,3 +307,16 @@ async def test_a_device_that_cannot_be_reset_has_failed(autojump_clock: MockCloc
         vm.device.refuse["reset"] = KernelRefused("SET_STATUS 0", 5)
     assert vm.device.state is State.FAILED
     assert "SET_STATUS 0" in vm.device.failure
+
+
+async def test_driver_is_asked_for_kicks_before_a_device_starts(autojump_clock: MockClock) -> None:
+    """The one before may have polled, as DPDK's does, and the next need not look at that."""
+    async with connected() as vm:
+        await vm.set_up(FEATURES & ~EVENT_IDX, OFFER & ~PF.STATUS)
+        used = 0x10000 + 0x2000
+        os.pwrite(vm.memory.fileno(), b"\1", used)
+        await vm.set_ring(0)
+        await vm.enable(0)
+        await vm.settle()
+        assert vm.device.state is State.RUNNING
+        assert os.pread(vm.memory.fileno(), 2, used) == bytes(2)
