@@ -18,12 +18,13 @@ from vhostbridge.backends.device import Device
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
 from vhostbridge.backends.guest import VringSetup, with_base
-from vhostbridge.backends.lifecycle import How, State, Status
+from vhostbridge.backends.lifecycle import How, State
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
 from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature
 
 from .absence import Absence
 from .departure import recognise
+from .front_end import FrontEnd
 from .guest_commands import ask_for_kicks
 from .incoming import Incoming, Origin, arriving, compare_features
 from .memory import MemoryTable
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from vhostbridge.backends.inflight import InflightBuffer
 
 
-class DeviceUser:
-    """A front-end's vrings, memory and negotiated features, and when the device follows.
+class DeviceUser(FrontEnd):
+    """What a front-end has set up, and when its device follows.
 
     The device may be moved, go away and be replaced under it.
     """
@@ -50,6 +51,7 @@ class DeviceUser:
         incoming: Incoming | None = None,
         config: bytes = b"",
     ) -> None:
+        super().__init__()
         self.name = name
         self.device = device
         #: Held by whoever works on the device.
@@ -61,23 +63,14 @@ class DeviceUser:
         # Whether the front-end has, by disabling every vring.
         self._paused = False
         self.log = logging.LoggerAdapter(logging.getLogger("vhostbridge.session"), {"bridge": name})
-        self.features = 0
-        self.protocol = ProtocolFeature(0)
-        self.status = 0
-        self.memory = MemoryTable()
         #: Where the front-end wants writes to be logged, while LOG_ALL is acknowledged.
         self.log_to: DirtyLog | None = None
         #: What the front-end keeps of requests in flight.
         self.inflight: InflightBuffer | None = None
-        self.vrings: dict[int, FrontendVring] = {}
         self.absence = device.absence if isinstance(device, StandIn) else Absence(config)
         #: Set for the front-end to be told that it should read the configuration again.
         self.config_changed = trio.Event()
         self._replaced = trio.Event()
-
-    @property
-    def packed(self) -> bool:
-        return bool(self.features & TransportFeature.RING_PACKED.mask)
 
     def vring(self, index: int) -> FrontendVring:
         """The record of a vring, made at its first mention.
@@ -91,31 +84,13 @@ class DeviceUser:
                 f"{self.device.info.target}"
             )
         if index not in self.vrings:
-            enabled = bool(self.features) and not self._enables_explicitly
-            self.vrings[index] = FrontendVring(index, enabled=enabled)
+            self.vrings[index] = FrontendVring(index, enabled=self.enables_at_once)
         return self.vrings[index]
-
-    # Without bit 30 there is no SET_VRING_ENABLE: rings are enabled from SET_FEATURES on.
-    @property
-    def _enables_explicitly(self) -> bool:
-        return bool(self.features & TransportFeature.PROTOCOL_FEATURES.mask)
-
-    @property
-    def _may_start(self) -> bool:
-        if self.status & Status.DRIVER_OK:
-            return True
-        return any(v.enabled and v.ready for v in self.vrings.values())
-
-    # Vrings run, and the front-end has all of them disabled.
-    @property
-    def _none_enabled(self) -> bool:
-        running = [v for v in self.vrings.values() if v.running]
-        return bool(running) and not any(v.enabled for v in running)
 
     @property
     def paused(self) -> bool:
         """Whether the front-end paused the device, by disabling every vring."""
-        return self._paused and self._none_enabled
+        return self._paused and self.none_enabled
 
     @property
     def _stands_still(self) -> bool:
@@ -125,11 +100,9 @@ class DeviceUser:
     def _out_of_step(self) -> bool:
         if self._stands_still or self.device.failed.is_set():
             return False
-        vrings = self.vrings.values()
-        running = [vring for vring in vrings if vring.running]
-        if running and self.device.state is State.SUSPENDED:
-            return all(vring.regions(self.memory, self.packed) for vring in running)
-        return self._may_start and any(v.ready and not v.running for v in vrings)
+        if self.running and self.device.state is State.SUSPENDED:
+            return all(vring.regions(self.memory, self.packed) for vring in self.running)
+        return self.may_start and any(v.ready and not v.running for v in self.vrings.values())
 
     async def apply(self) -> None:
         """Make the device run what the front-end has set up, unless it is to stand still: the
@@ -141,7 +114,7 @@ class DeviceUser:
         """
         if self._stands_still:
             return
-        may_start = self._may_start
+        may_start = self.may_start
         vrings = [v for v in self.vrings.values() if v.running or (v.ready and may_start)]
         if not vrings:
             return
@@ -234,7 +207,7 @@ class DeviceUser:
         ran = self.device.state is State.RUNNING and not isinstance(self.device, StandIn)
         pauses = ran and vring.running and before and ProtocolFeature.STATUS not in self.protocol
         try:
-            if pauses and self._none_enabled:
+            if pauses and self.none_enabled:
                 await self._stand_still()
                 self._paused = True
             elif vring.running:
@@ -255,7 +228,7 @@ class DeviceUser:
             return False
         lost = self.device
         lost.on_config_change = lambda: None
-        ran = not self._stands_still and any(vring.running for vring in self.vrings.values())
+        ran = bool(self.running) and not self._stands_still
         self.device = StandIn(lost, self.absence, self.memory.regions, running=ran)
         self.use_inflight(self.inflight)
         return True
@@ -323,7 +296,7 @@ class DeviceUser:
         self.device.on_config_change = lambda: None
         self.use_inflight(self.inflight)
         await self.update_log(self.log_to)
-        self._paused = self._none_enabled and ProtocolFeature.STATUS not in self.protocol
+        self._paused = self.none_enabled and ProtocolFeature.STATUS not in self.protocol
         if self._stands_still:
             self.absence.state = await self.device.capture()
         if await self.has_other_config(self.device):
@@ -386,9 +359,8 @@ class DeviceUser:
 
     async def stop_all(self) -> None:
         """Suspend the device and remember where every vring stopped."""
-        for vring in self.vrings.values():
-            if vring.running:
-                vring.stop(await self.device.stop_vring(vring.index))
+        for vring in self.running:
+            vring.stop(await self.device.stop_vring(vring.index))
 
     async def set_memory(self, table: MemoryTable) -> None:
         """Replace guest memory; on failure the old table stays and the new one is the caller's.
@@ -399,16 +371,11 @@ class DeviceUser:
         """
         device = self.device
         goes_on = device.capabilities.resume.how is How.NATIVE and not isinstance(device, StandIn)
-        if device.state is State.RUNNING and goes_on and self._takes_vrings(table):
+        if device.state is State.RUNNING and goes_on and self.loses_vrings(table):
             await device.suspend()
         await device.set_memory(table.regions)
         old, self.memory = self.memory, table
         old.close_unused(table)
-
-    def _takes_vrings(self, table: MemoryTable) -> bool:
-        running = [vring for vring in self.vrings.values() if vring.running]
-        used = {key for vring in running for key in vring.regions(self.memory, self.packed)}
-        return not used <= {region.key for region in table.regions}
 
     # The dirty log
 
@@ -423,12 +390,7 @@ class DeviceUser:
             raise PeerError(
                 f"the dirty log of {log.size} bytes is too small for the guest's memory"
             )
-        used = {
-            vring.index: place
-            for vring in self.vrings.values()
-            if vring.address is not None and (place := vring.address.log_place) is not None
-        }
-        await self.device.log_writes(log if wanted else None, used)
+        await self.device.log_writes(log if wanted else None, self.used_logs)
         old, self.log_to = self.log_to, log
         if old is not None and old is not log:
             old.close()
