@@ -28,17 +28,14 @@ from .draining import drained
 from .inflight import BackendInflight
 from .memory import BackendMemory
 from .messages import (
-    LOG_USED,
     U64,
     Config,
     Log,
     ProtocolFeature,
     Request,
-    VringAddr,
-    VringFd,
-    VringState,
 )
 from .transfer import LOAD, SAVE, transfer
+from .vrings import VringMessages
 
 _PF_BIT = TransportFeature.PROTOCOL_FEATURES.mask
 _LOG_BIT = TransportFeature.LOG_ALL.mask
@@ -68,13 +65,13 @@ class VhostUserDevice(Device):
         self._has_protocol = bool(raw & _PF_BIT)
         self._owner = client.peer_program() or UNKNOWN_OWNER
         self._memory = BackendMemory(client, info.target, info.region_max, self.fail)
+        self._messages = VringMessages(client, self._memory, enables=self._has_protocol)
         self._rings: dict[int, VringSetup] = {}
         # Where vrings stopped; each with its base.
         self._stopped: dict[int, VringSetup] = {}
         self._config_changed = False
         # Borrowed, like the vrings' eventfds.
         self._log: DirtyLog | None = None
-        self._used_logs: dict[int, int] = {}
         self._inflight = BackendInflight(client, info.target, info.queue_num)
         # The call eventfd of vrings that are stopping: nobody listens.
         self._deaf = new_eventfd()
@@ -222,6 +219,10 @@ class VhostUserDevice(Device):
         word |= _LOG_BIT if self._log is not None else 0
         await self._client.request(Request.SET_FEATURES, U64(word))
 
+    @property
+    def _packed(self) -> bool:
+        return bool(self.features & TransportFeature.RING_PACKED.mask)
+
     def _goes_on(self, vring: VringSetup) -> bool:
         running = self._rings.get(vring.index)
         return running is not None and running.layout == vring.layout and vring.base == running.base
@@ -232,44 +233,12 @@ class VhostUserDevice(Device):
             assert isinstance(status, U64)
             await self._client.request(Request.SET_STATUS, U64(status.value | bits))
 
-    # Back-ends start a ring when its kick arrives, qemu-storage-daemon even one that is disabled.
-    # So the kick is last: before it nothing was taken, and another device can go on instead. The
-    # call is first: VPP has no third vring, or a later one, before it was given a call.
     async def _program(self, vring: VringSetup) -> None:
-        request = self._client.request
-        index = vring.index
-        await self._send_fd(Request.SET_VRING_CALL, index, vring.call)
-        await request(Request.SET_VRING_NUM, VringState(index, vring.size))
-        base = Request.SET_VRING_BASE, VringState(index, vring.base or 0)
-        address = Request.SET_VRING_ADDR, self._address(vring)
-        # With the addresses VPP takes a used index from memory, where packed vrings have none.
-        packed = self.features & TransportFeature.RING_PACKED.mask
-        for message in (address, base) if packed else (base, address):
-            await request(*message)
-        if vring.err is not None:
-            await self._send_fd(Request.SET_VRING_ERR, index, vring.err)
-        if self._has_protocol:
-            await request(Request.SET_VRING_ENABLE, VringState(index, int(vring.enabled)))
+        await self._messages.set_up(vring, packed=self._packed)
         # From the kick on it runs, whether or not we get to see the answer.
-        self._rings[index] = vring
-        self._stopped.pop(index, None)
-        await self._send_fd(Request.SET_VRING_KICK, index, vring.kick)
-
-    def _address(self, vring: VringSetup) -> VringAddr:
-        user = self._memory.user_address
-        log = self._used_logs.get(vring.index)
-        return VringAddr(
-            vring.index,
-            0 if log is None else LOG_USED,
-            user(vring.descriptor_area),
-            user(vring.device_area),
-            user(vring.driver_area),
-            log or 0,
-        )
-
-    async def _send_fd(self, request: Request, index: int, fd: OwnedFd | None) -> None:
-        fds = [] if fd is None else [fd]
-        await self._client.request(request, VringFd(index, fd is not None), fds)
+        self._rings[vring.index] = vring
+        self._stopped.pop(vring.index, None)
+        await self._messages.kick(vring.index, vring.kick)
 
     @whole
     async def stop_vring(self, index: int) -> int:
@@ -297,9 +266,9 @@ class VhostUserDevice(Device):
             self.fail(str(error))
             raise
         del self._rings[index]
-        packed = bool(self.features & TransportFeature.RING_PACKED.mask)
-        self._stopped[index] = replace(vring, base=whole_base(stopped.num, packed=packed))
-        if not packed:
+        base = whole_base(stopped.num, packed=self._packed)
+        self._stopped[index] = replace(vring, base=base)
+        if not self._packed:
             await drained(self._client, self.info.target, self._memory.regions, vring, stopped.num)
 
     @whole
@@ -338,16 +307,17 @@ class VhostUserDevice(Device):
         if log is not None:
             await self._say_log(log)
         before, self._log = self._log, log
-        old, self._used_logs = self._used_logs, dict(used) if log is not None else {}
+        old = self._messages.used_logs
+        self._messages.used_logs = dict(used) if log is not None else {}
         try:
             if self._rings and (before is None) != (log is None):
                 await self._set_features(self.features)
             for vring in self._rings.values():
-                if old.get(vring.index) != self._used_logs.get(vring.index):
-                    await self._client.request(Request.SET_VRING_ADDR, self._address(vring))
+                if old.get(vring.index) != self._messages.used_logs.get(vring.index):
+                    await self._messages.addresses(vring)
         except BridgeError:
             # What is asked for again is said again.
-            self._log, self._used_logs = before, old
+            self._log, self._messages.used_logs = before, old
             raise
         await self._memory.barrier()
 
@@ -409,26 +379,26 @@ class VhostUserDevice(Device):
 
     async def set_call(self, index: int, fd: OwnedFd | None) -> None:
         if vring := self._rings.get(index):
-            await self._send_fd(Request.SET_VRING_CALL, index, fd)
+            await self._messages.call(index, fd)
             self._rings[index] = replace(vring, call=fd)
             await signal_eventfds(fd)
 
     async def set_kick(self, index: int, fd: OwnedFd | None) -> None:
         if vring := self._rings.get(index):
-            await self._send_fd(Request.SET_VRING_KICK, index, fd)
+            await self._messages.kick(index, fd)
             self._rings[index] = replace(vring, kick=fd)
             await signal_eventfds(fd)
 
     async def set_err(self, index: int, fd: OwnedFd | None) -> None:
         if (vring := self._rings.get(index)) and fd is not None:
-            await self._send_fd(Request.SET_VRING_ERR, index, fd)
+            await self._messages.err(index, fd)
             self._rings[index] = replace(vring, err=fd)
 
     async def set_enabled(self, index: int, enabled: bool) -> None:
         vring = self._rings.get(index)
         if vring is None or vring.enabled == enabled or not self._has_protocol:
             return
-        await self._client.request(Request.SET_VRING_ENABLE, VringState(index, int(enabled)))
+        await self._messages.enable(index, enabled)
         self._rings[index] = replace(vring, enabled=enabled)
         if enabled:
             await signal_eventfds(vring.kick)
