@@ -145,6 +145,14 @@ class Absence:
         data = self.config[offset : offset + size]
         return data if len(data) == size else None
 
+    async def has_other_config(self, device: Device) -> bool:
+        """Whether it is another one than what the front-end has read, or can't be read."""
+        with suppress(BridgeError):
+            return (
+                bool(self.config) and await device.read_config(0, len(self.config)) != self.config
+            )
+        return True
+
     # Its requests in flight
 
     def recall(

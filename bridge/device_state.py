@@ -15,7 +15,7 @@ from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.foreign_fds import Kind, kind_of
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.state_stream import CheckedFd, Copy, check_stream
-from vhostbridge.backends.vhostuser.messages import U64, Payload, StateTransfer
+from vhostbridge.backends.vhostuser.payloads import U64, Payload, StateTransfer
 from vhostbridge.backends.vhostuser.transfer import LOAD, SAVE
 
 from .given_state import GivenState

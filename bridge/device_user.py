@@ -273,19 +273,12 @@ class DeviceUser(FrontEnd):
         self.absence.load(device)
         try:
             await self._follow(device)
-            if await self.has_other_config(device):
+            if await self.absence.has_other_config(device):
                 self.config_changed.set()
             await self._recovering(self.apply)
         except BridgeError as error:
             self.absence.stays(device)
             device.fail(str(error))
-
-    async def has_other_config(self, device: Device) -> bool:
-        """Whether it is another one than what the front-end has read, or can't be read."""
-        known = self.absence.config
-        with suppress(BridgeError):
-            return bool(known) and await device.read_config(0, len(known)) != known
-        return True
 
     async def go_on(self) -> None:
         """Begin with what another process left (``handover``), on a device in the same state.
@@ -299,7 +292,7 @@ class DeviceUser(FrontEnd):
         self._paused = self.none_enabled and ProtocolFeature.STATUS not in self.protocol
         if self._stands_still:
             self.absence.state = await self.device.capture()
-        if await self.has_other_config(self.device):
+        if await self.absence.has_other_config(self.device):
             self.config_changed.set()
         await self._recovering(self.apply)
 

@@ -7,13 +7,8 @@ from typing import TYPE_CHECKING
 
 from vhostbridge.backends.errors import BridgeError, PeerError
 from vhostbridge.backends.fds import close_all
-from vhostbridge.backends.vhostuser.messages import (
-    U64,
-    Config,
-    Payload,
-    ProtocolFeature,
-    Request,
-)
+from vhostbridge.backends.vhostuser.messages import ProtocolFeature, Request
+from vhostbridge.backends.vhostuser.payloads import U64, Config, Payload
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
 
 if TYPE_CHECKING:

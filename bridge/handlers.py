@@ -19,15 +19,14 @@ from vhostbridge.backends.guest import whole_base
 from vhostbridge.backends.lifecycle import State, Status
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.codec import Message
-from vhostbridge.backends.vhostuser.messages import (
+from vhostbridge.backends.vhostuser.messages import ProtocolFeature, Request
+from vhostbridge.backends.vhostuser.payloads import (
     U64,
     Config,
     Log,
     MemReg,
     MemTable,
     Payload,
-    ProtocolFeature,
-    Request,
     VringAddr,
     VringFd,
     VringState,

@@ -27,7 +27,8 @@ from vhostbridge.backends.state import PRODUCER
 from vhostbridge.backends.state_stream import check_stream
 from vhostbridge.backends.trace import OFF, Tracer
 from vhostbridge.backends.vhostuser.channel import Channel
-from vhostbridge.backends.vhostuser.messages import ProtocolFeature, Region, VringAddr
+from vhostbridge.backends.vhostuser.messages import ProtocolFeature
+from vhostbridge.backends.vhostuser.payloads import Region, VringAddr
 from vhostbridge.backends.vhostuser.specs import BACKEND_SPECS, FRONTEND_SPECS
 
 from .handover_facts import FORMAT, Facts, RegionFacts, VringFacts, facts_of, read_facts, unusable

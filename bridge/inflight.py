@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.inflight import InflightBuffer
-from vhostbridge.backends.vhostuser.messages import Inflight, Payload
+from vhostbridge.backends.vhostuser.payloads import Inflight, Payload
 from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES
 
 if TYPE_CHECKING:

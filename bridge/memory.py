@@ -10,7 +10,7 @@ from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.fds import OwnedFd, close_all
 from vhostbridge.backends.foreign_fds import Kind, kind_of
 from vhostbridge.backends.guest import MemoryRegion
-from vhostbridge.backends.vhostuser.messages import Region
+from vhostbridge.backends.vhostuser.payloads import Region
 
 _NOT_SHARED = "give the guest shared memory: memory-backend-memfd,share=on"
 

@@ -16,11 +16,7 @@ from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.pace import Pace
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.codec import Message
-from vhostbridge.backends.vhostuser.messages import (
-    BackendRequest,
-    ProtocolFeature,
-    Request,
-)
+from vhostbridge.backends.vhostuser.messages import BackendRequest, ProtocolFeature, Request
 
 from .config import OnDisconnect
 from .departure import clear_device

@@ -19,18 +19,17 @@ from vhostbridge.backends.guest import MemoryRegion, VringSetup, base_of
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import How, State
 from vhostbridge.backends.state import DeviceState
-from vhostbridge.backends.state_compatibility import relied_on
 
+from .familiar import FamiliarDevice
 from .journal import Journal, journaled
 from .passage import Passage, check_kick
 from .shadow_rings import ShadowRings
 from .tracking import Tracking, able
-from .wrapped import WrappedDevice
 
 _log = logging.getLogger("vhostbridge.shadow")
 
 
-class ShadowDevice(WrappedDevice):
+class ShadowDevice(FamiliarDevice):
     """A device that takes its vrings straight from the guest, or through shadow vrings.
 
     To its user it is the device itself: the same states, vrings, memory and failure.
@@ -64,9 +63,6 @@ class ShadowDevice(WrappedDevice):
         # Whether all memory is to be marked whenever the device stops.
         self._mark_all = False
         self._logs_itself = False
-        #: What its configuration shows that is not its own, by offset: what a driver relies on that
-        #: has read it on another device.
-        self.shown: Mapping[int, bytes] = {}
 
     @property
     def features(self) -> int:
@@ -241,26 +237,8 @@ class ShadowDevice(WrappedDevice):
         await self._passage.end()
         self._guest, self._running, self.at_rest = None, frozenset(), False
 
-    # Its configuration
-
-    async def read_config(self, offset: int, size: int) -> bytes:
-        return self._as_shown(offset, await super().read_config(offset, size))
-
-    async def full_config(self) -> bytes:
-        return self._as_shown(0, await super().full_config())
-
-    def _as_shown(self, offset: int, data: bytes) -> bytes:
-        changed = bytearray(data)
-        for begin, part in self.shown.items():
-            for at, byte in enumerate(part, begin - offset):
-                if 0 <= at < len(changed):
-                    changed[at] = byte
-        return bytes(changed)
-
     def load(self, state: DeviceState) -> None:
-        self._inner.load(state)
-        device_id = self.info.device_id if state.device_id is None else state.device_id
-        self.shown = {**self.shown, **relied_on(device_id, state.config, state.features)}
+        super().load(state)
         self._guest, self.at_rest = None, False
 
     async def capture(self) -> DeviceState:

@@ -17,7 +17,8 @@ from vhostbridge.backends.errors import BridgeError, Unsupported
 from vhostbridge.backends.guest import MemoryRegion, VringSetup, base_of, with_base
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import How, State, Verb, step
-from vhostbridge.backends.vhostuser.messages import Config, Request
+from vhostbridge.backends.vhostuser.messages import Request
+from vhostbridge.backends.vhostuser.payloads import Config
 
 if TYPE_CHECKING:
     from vhostbridge.backends.dirty_log import DirtyLog

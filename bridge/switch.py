@@ -63,7 +63,7 @@ async def switch(
     if session is not None:
         device_id = new.info.device_id or old.info.device_id
         new.shown = relied_on(device_id, await old.full_config(), old.info.features)
-        changed = await session.has_other_config(new)
+        changed = await session.absence.has_other_config(new)
     report.prepare += time.monotonic() - began
     ran = old.state is State.RUNNING
     lap = _Laps(report, old.trace)

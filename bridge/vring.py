@@ -9,7 +9,7 @@ from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, close_all
 from vhostbridge.backends.guest import VringSetup
 from vhostbridge.backends.ring_memory import available_index, used_index
-from vhostbridge.backends.vhostuser.messages import VringAddr
+from vhostbridge.backends.vhostuser.payloads import VringAddr
 from vhostbridge.backends.virtio import ring_areas
 
 from .memory import MemoryTable

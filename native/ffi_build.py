@@ -8,7 +8,7 @@ from cffi import FFI
 FOLDER = "vhostbridge/native"
 SOURCES = (
     *("vb_native", "eventfd", "spawn", "bus_error"),
-    *("guest_ring", "device_ring", "inflight", "inflight_packed"),
+    *("guest_ring", "guest_requests", "device_ring", "inflight", "inflight_packed"),
     *("shadow", "shadow_thread", "control", "control_guest"),
 )
 

@@ -33,6 +33,18 @@ class BackendFeature(IntFlag):
     IOTLB_PERSIST = 1 << lib.VHOST_BACKEND_F_IOTLB_PERSIST
 
 
+#: What a bridge has use for; descriptor address spaces are for shadow rings of another kind.
+USED = (
+    BackendFeature.IOTLB_MSG_V2
+    | BackendFeature.IOTLB_BATCH
+    | BackendFeature.IOTLB_ASID
+    | BackendFeature.SUSPEND
+    | BackendFeature.RESUME
+    | BackendFeature.ENABLE_AFTER_DRIVER_OK
+    | BackendFeature.IOTLB_PERSIST
+)
+
+
 class Chardev:
     """The character device. Opening it resets the device; so does closing it.
 

@@ -21,25 +21,13 @@ from vhostbridge.backends.pace import Pace
 from vhostbridge.backends.ring_memory import used_index
 from vhostbridge.backends.virtio import DeviceId, TransportFeature
 
-from .chardev import BackendFeature, Chardev
+from .chardev import USED, BackendFeature, Chardev
 from .control_space import ControlSpace
 from .draining import wait_drained
 from .launch import Launcher
 from .memory import GuestMemory, check_regions
 
 T = TypeVar("T")
-
-# What the kernel has besides these is of no use to a bridge: descriptor address spaces belong to
-# shadow rings.
-_WANTED = (
-    BackendFeature.IOTLB_MSG_V2
-    | BackendFeature.IOTLB_BATCH
-    | BackendFeature.IOTLB_ASID
-    | BackendFeature.SUSPEND
-    | BackendFeature.RESUME
-    | BackendFeature.ENABLE_AFTER_DRIVER_OK
-    | BackendFeature.IOTLB_PERSIST
-)
 
 # How many configuration changes of a device a second are passed on.
 CHANGES = 100
@@ -54,7 +42,7 @@ class VdpaDevice(Device):
         super().__init__()
         self._dev = chardev
         self.backend_features = chardev.backend_features()
-        acked = self.backend_features & _WANTED
+        acked = self.backend_features & USED
         chardev.set_backend_features(acked)
         self._persist = BackendFeature.IOTLB_PERSIST in acked
         self._memory = GuestMemory(chardev, batch=BackendFeature.IOTLB_BATCH in acked)

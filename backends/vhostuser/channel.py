@@ -19,7 +19,7 @@ from vhostbridge.backends.foreign_fds import ForeignFd
 from vhostbridge.backends.trace import OFF, Tracer
 
 from .codec import Decoder, Message, encode_reply, encode_request
-from .messages import Empty, Payload
+from .payloads import Empty, Payload
 from .specs import Spec
 from .tracing import Lane, received, sent
 

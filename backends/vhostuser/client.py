@@ -18,16 +18,8 @@ from vhostbridge.backends.trace import OFF, Tracer
 
 from .channel import Channel
 from .codec import Message, encode_request
-from .messages import (
-    U64,
-    BackendRequest,
-    Empty,
-    Payload,
-    ProtocolFeature,
-    Request,
-    VringFd,
-    VringState,
-)
+from .messages import BackendRequest, ProtocolFeature, Request
+from .payloads import U64, Empty, Payload, VringFd, VringState
 from .specs import BACKEND_SPECS, FRONTEND_SPECS
 
 

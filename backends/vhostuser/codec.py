@@ -14,7 +14,8 @@ from enum import IntEnum
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.fds import OwnedFd, close_all
 
-from .messages import HEADER, MAX_PAYLOAD, U64, BackendRequest, Flags, Payload, Raw, Request
+from .messages import HEADER, MAX_PAYLOAD, BackendRequest, Flags, Request
+from .payloads import U64, Payload, Raw
 from .specs import FRONTEND_SPECS, Spec
 
 

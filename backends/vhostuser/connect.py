@@ -15,7 +15,8 @@ from vhostbridge.backends.virtio import VHOST_ONLY_FEATURES, TransportFeature
 
 from .client import Client
 from .device import VhostUserDevice
-from .messages import MAX_CONFIG, MAX_REGIONS, U64, ProtocolFeature, Request
+from .messages import ProtocolFeature, Request
+from .payloads import MAX_CONFIG, MAX_REGIONS, U64
 from .sockets import adopt, connect, listen, unlisten
 
 # What we know how to live with. Back-ends offer more; nothing of it helps a bridge.

@@ -24,16 +24,12 @@ from vhostbridge.backends.lifecycle import Capabilities, State, Status, Verb, st
 from vhostbridge.backends.virtio import TransportFeature
 
 from .client import Client
+from .config import BackendConfig
 from .draining import drained
 from .inflight import BackendInflight
 from .memory import BackendMemory
-from .messages import (
-    U64,
-    Config,
-    Log,
-    ProtocolFeature,
-    Request,
-)
+from .messages import ProtocolFeature, Request
+from .payloads import U64, Log
 from .transfer import LOAD, SAVE, transfer
 from .vrings import VringMessages
 
@@ -75,8 +71,7 @@ class VhostUserDevice(Device):
         self._inflight = BackendInflight(client, info.target, info.queue_num)
         # The call eventfd of vrings that are stopping: nobody listens.
         self._deaf = new_eventfd()
-        # How many bytes of configuration space are known to be there.
-        self._config_read = 0
+        self._config = BackendConfig(client, info.target)
         self.capabilities = capabilities
         client.on_config_change = self._config_change
         client.on_hang = self.fail
@@ -107,28 +102,13 @@ class VhostUserDevice(Device):
     # Configuration
 
     async def read_config(self, offset: int, size: int) -> bytes:
-        if not self._has(ProtocolFeature.CONFIG):
-            raise Unsupported(f"back-end {self.info.target} has no configuration space to read")
-        # From the beginning, as QEMU does: libvhost-user and DPDK overlook the offset.
-        wanted = offset + size
-        reply = await self._client.request(Request.GET_CONFIG, Config(0, 0, bytes(wanted)))
-        assert isinstance(reply, Config)
-        if len(reply.data) != wanted:
-            raise PeerError(
-                f"back-end {self.info.target} answered {len(reply.data)} configuration bytes, "
-                f"{wanted} were asked"
-            )
-        self._config_read = max(self._config_read, wanted)
-        return reply.data[offset:]
+        return await self._config.read(offset, size)
 
     async def full_config(self) -> bytes:
-        """What the front-end has read of it: a back-end does not say how much there is."""
-        return await self.read_config(0, self._config_read) if self._config_read else b""
+        return await self._config.known()
 
     async def write_config(self, offset: int, data: bytes, flags: int) -> None:
-        if not self._has(ProtocolFeature.CONFIG):
-            raise Unsupported(f"back-end {self.info.target} has no configuration space to write")
-        await self._client.request(Request.SET_CONFIG, Config(offset, flags, data))
+        await self._config.write(offset, data, flags)
 
     async def send_rarp(self, mac: int) -> None:
         await self._client.request(Request.SEND_RARP, U64(mac))

@@ -10,7 +10,8 @@ from vhostbridge.backends.guest import VringSetup
 from vhostbridge.backends.inflight import InflightBuffer
 
 from .client import Client
-from .messages import Inflight, ProtocolFeature, Request, VringFd
+from .messages import ProtocolFeature, Request
+from .payloads import Inflight, VringFd
 
 
 class BackendInflight:

@@ -13,7 +13,8 @@ from vhostbridge.backends.errors import BridgeError, PeerError, Unsupported
 from vhostbridge.backends.guest import MemoryRegion
 
 from .client import Client
-from .messages import MemReg, MemTable, ProtocolFeature, Region, Request
+from .messages import ProtocolFeature, Request
+from .payloads import MemReg, MemTable, Region
 
 # Guest addresses above this stay as they are. Windows come again after so many.
 _WINDOW = 1 << 47

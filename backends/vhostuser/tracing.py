@@ -14,21 +14,17 @@ from vhostbridge.backends.lifecycle import Status
 from vhostbridge.backends.trace import Record, bit_names
 from vhostbridge.backends.virtio import feature_names
 
-from .messages import (
-    HEADER,
+from .messages import HEADER, BackendRequest, Flags, ProtocolFeature, Request
+from .payloads import (
     U64,
-    BackendRequest,
     Config,
     Empty,
-    Flags,
     Iotlb,
     MemReg,
     MemTable,
     Payload,
-    ProtocolFeature,
     Raw,
     Region,
-    Request,
     ShmemConfig,
     StateTransfer,
     Uuid,

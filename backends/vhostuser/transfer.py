@@ -13,7 +13,8 @@ from vhostbridge.backends.fds import OwnedFd, close_all
 from vhostbridge.backends.foreign_fds import Kind, kind_of
 
 from .client import Client
-from .messages import U64, Request, StateTransfer
+from .messages import Request
+from .payloads import U64, StateTransfer
 
 #: Directions.
 SAVE, LOAD = 0, 1

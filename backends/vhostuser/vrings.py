@@ -9,7 +9,8 @@ from vhostbridge.backends.guest import VringSetup
 
 from .client import Client
 from .memory import BackendMemory
-from .messages import LOG_USED, Request, VringAddr, VringFd, VringState
+from .messages import Request
+from .payloads import LOG_USED, VringAddr, VringFd, VringState
 
 
 class VringMessages:

@@ -28,7 +28,8 @@ SHARES = {"shadow": 4.0, "session": 4.0, "control": 2.0}
 
 _OF_C = ("shadow", "control")
 _SOURCES = (
-    *("bus_error", "eventfd", "guest_ring", "device_ring", "inflight", "inflight_packed"),
+    *("bus_error", "eventfd", "guest_ring", "guest_requests", "device_ring"),
+    *("inflight", "inflight_packed"),
     *("shadow", "shadow_thread", "control", "control_guest"),
 )
 _SANITIZE = ("-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")

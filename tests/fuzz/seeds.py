@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tests.unit.states import SAMPLES, save
 from vhostbridge.backends.vdpa.netlink_messages import Command, encode_request
-from vhostbridge.backends.vhostuser.messages import HEADER, Empty
+from vhostbridge.backends.vhostuser.messages import HEADER
+from vhostbridge.backends.vhostuser.payloads import Empty
 from vhostbridge.backends.vhostuser.specs import BACKEND_SPECS, FRONTEND_SPECS
 
 _TOML = """\

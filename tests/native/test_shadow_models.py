@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (
-    *("bus_error", "eventfd", "guest_ring", "device_ring", "inflight", "inflight_packed"),
+    *("bus_error", "eventfd", "guest_ring", "guest_requests", "device_ring"),
+    *("inflight", "inflight_packed"),
     *("shadow", "shadow_thread"),
 )
 WARN = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", "-g", "-O1")

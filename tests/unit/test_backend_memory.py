@@ -10,14 +10,8 @@ from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd
 from vhostbridge.backends.guest import MemoryRegion
 from vhostbridge.backends.vhostuser.memory import BackendMemory
-from vhostbridge.backends.vhostuser.messages import (
-    MemReg,
-    MemTable,
-    Payload,
-    ProtocolFeature,
-    Region,
-    Request,
-)
+from vhostbridge.backends.vhostuser.messages import ProtocolFeature, Request
+from vhostbridge.backends.vhostuser.payloads import MemReg, MemTable, Payload, Region
 
 SLOTS = ProtocolFeature.CONFIGURE_MEM_SLOTS
 

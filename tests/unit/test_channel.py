@@ -19,7 +19,8 @@ from vhostbridge.backends.errors import PeerError, TransportLost
 from vhostbridge.backends.fds import OwnedFd, close_all
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.codec import Message
-from vhostbridge.backends.vhostuser.messages import U64, Raw, Request, VringState
+from vhostbridge.backends.vhostuser.messages import Request
+from vhostbridge.backends.vhostuser.payloads import U64, Raw, VringState
 from vhostbridge.backends.vhostuser.specs import FRONTEND_SPECS
 
 KICK, CALL, NUM, ADD_MEM_REG = 12, 13, 8, 37

@@ -14,14 +14,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.unit.fakes import Frame, RawPeer, eventfd, frame, memfd, state, u64
 from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost, Unanswered
 from vhostbridge.backends.vhostuser.client import Client
-from vhostbridge.backends.vhostuser.messages import (
-    U64,
-    MemReg,
-    ProtocolFeature,
-    Region,
-    Request,
-    VringState,
-)
+from vhostbridge.backends.vhostuser.messages import ProtocolFeature, Request
+from vhostbridge.backends.vhostuser.payloads import U64, MemReg, Region, VringState
 
 REPLY_ACK = ProtocolFeature.REPLY_ACK
 

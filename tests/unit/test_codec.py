@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from tests.unit.fakes import eventfd, frame, u64
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.fds import OwnedFd, close_all
-from vhostbridge.backends.vhostuser import messages as m
+from vhostbridge.backends.vhostuser import payloads as p
 from vhostbridge.backends.vhostuser.codec import Decoder, Message, encode_reply, encode_request
-from vhostbridge.backends.vhostuser.messages import BackendRequest, Payload, Request
+from vhostbridge.backends.vhostuser.messages import BackendRequest, Request
+from vhostbridge.backends.vhostuser.payloads import Payload
 from vhostbridge.backends.vhostuser.specs import BACKEND_SPECS, FRONTEND_SPECS, Spec
 
 # For each message: there are 108 rows.
@@ -28,27 +29,27 @@ U32 = st.integers(0, 0xFFFF_FFFF)
 U64 = st.integers(0, 2**64 - 1)
 U8 = st.integers(0, 0xFF)
 
-REGION = st.builds(m.Region, U64, U64, U64, U64)
+REGION = st.builds(p.Region, U64, U64, U64, U64)
 PAYLOADS: dict[type[Payload], st.SearchStrategy[Payload]] = {
-    m.Empty: st.just(m.Empty()),
-    m.U64: st.builds(m.U64, U64),
-    m.VringState: st.builds(m.VringState, U32, U32),
-    m.VringAddr: st.builds(m.VringAddr, U32, U32, U64, U64, U64, U64),
-    m.VringFd: st.builds(m.VringFd, U8, st.booleans()),
-    m.MemTable: st.lists(REGION, max_size=8).map(lambda regions: m.MemTable(tuple(regions))),
-    m.MemReg: st.builds(m.MemReg, REGION),
-    m.Log: st.builds(m.Log, U64, U64),
-    m.Iotlb: st.builds(m.Iotlb, U64, U64, U64, U8, U8),
-    m.Config: st.builds(m.Config, st.integers(0, 128), U32, st.binary(max_size=128)),
-    m.VringArea: st.builds(m.VringArea, U64, U64, U64),
-    m.Inflight: st.builds(m.Inflight, U64, U64, U16, U16),
-    m.Uuid: st.builds(m.Uuid, st.one_of(st.just(b""), st.binary(min_size=16, max_size=16))),
-    m.StateTransfer: st.builds(m.StateTransfer, U32, U32),
-    m.Mmap: st.builds(m.Mmap, U8, U64, U64, U64, U64),
-    m.ShmemConfig: st.builds(
-        m.ShmemConfig, U32, st.tuples(U64, U64).map(lambda sizes: sizes * 128)
+    p.Empty: st.just(p.Empty()),
+    p.U64: st.builds(p.U64, U64),
+    p.VringState: st.builds(p.VringState, U32, U32),
+    p.VringAddr: st.builds(p.VringAddr, U32, U32, U64, U64, U64, U64),
+    p.VringFd: st.builds(p.VringFd, U8, st.booleans()),
+    p.MemTable: st.lists(REGION, max_size=8).map(lambda regions: p.MemTable(tuple(regions))),
+    p.MemReg: st.builds(p.MemReg, REGION),
+    p.Log: st.builds(p.Log, U64, U64),
+    p.Iotlb: st.builds(p.Iotlb, U64, U64, U64, U8, U8),
+    p.Config: st.builds(p.Config, st.integers(0, 128), U32, st.binary(max_size=128)),
+    p.VringArea: st.builds(p.VringArea, U64, U64, U64),
+    p.Inflight: st.builds(p.Inflight, U64, U64, U16, U16),
+    p.Uuid: st.builds(p.Uuid, st.one_of(st.just(b""), st.binary(min_size=16, max_size=16))),
+    p.StateTransfer: st.builds(p.StateTransfer, U32, U32),
+    p.Mmap: st.builds(p.Mmap, U8, U64, U64, U64, U64),
+    p.ShmemConfig: st.builds(
+        p.ShmemConfig, U32, st.tuples(U64, U64).map(lambda sizes: sizes * 128)
     ),
-    m.Raw: st.builds(m.Raw, st.binary(max_size=200)),
+    p.Raw: st.builds(p.Raw, st.binary(max_size=200)),
 }
 
 
@@ -66,7 +67,7 @@ class Row:
     @property
     def payload(self) -> type[Payload]:
         spec = self.specs[self.request]
-        return (spec.reply or m.U64) if self.reply else spec.payload
+        return (spec.reply or p.U64) if self.reply else spec.payload
 
     @property
     def fds(self) -> tuple[int, int]:
@@ -134,9 +135,9 @@ def test_message_survives_the_wire_in_any_pieces(row: Row, data: st.DataObject) 
 def test_messages_follow_each_other_a_byte_at_a_time() -> None:
     decoder = Decoder(FRONTEND_SPECS, replies=False, peer="peer")
     stream = [
-        encode_request(Request.SET_VRING_NUM, m.VringState(1, 256)),
-        encode_request(Request.GET_FEATURES, m.Empty()),
-        encode_request(Request.SET_STATUS, m.U64(15), need_reply=True),
+        encode_request(Request.SET_VRING_NUM, p.VringState(1, 256)),
+        encode_request(Request.GET_FEATURES, p.Empty()),
+        encode_request(Request.SET_STATUS, p.U64(15), need_reply=True),
     ]
     got = [feed(decoder, data, (), [1]) for data in stream]
     assert [x.request for x in got] == [
@@ -144,7 +145,7 @@ def test_messages_follow_each_other_a_byte_at_a_time() -> None:
         Request.GET_FEATURES,
         Request.SET_STATUS,
     ]
-    assert [x.payload for x in got] == [m.VringState(1, 256), m.Empty(), m.U64(15)]
+    assert [x.payload for x in got] == [p.VringState(1, 256), p.Empty(), p.U64(15)]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=ids)
@@ -207,7 +208,7 @@ def test_wellframed_garbage_is_a_message_or_a_peer_error(row: Row, body: bytes, 
     assert "\n" not in said and said[:9] in ("", "the peer ")
 
 
-FIXED = [row for row in ROWS if row.payload not in (m.Raw, m.Uuid)]
+FIXED = [row for row in ROWS if row.payload not in (p.Raw, p.Uuid)]
 
 
 @pytest.mark.parametrize("row", FIXED, ids=ids)
@@ -249,13 +250,13 @@ def test_a_huge_payload_is_refused_at_its_header() -> None:
 def test_the_largest_payload_is_taken() -> None:
     decoder = Decoder(FRONTEND_SPECS, replies=False, peer="peer")
     message = feed(decoder, frame(999, bytes(4096)), (), [5000])
-    assert message.payload == m.Raw(bytes(4096))
+    assert message.payload == p.Raw(bytes(4096))
 
 
 def test_descriptors_in_the_middle_of_a_message_are_refused() -> None:
     decoder = Decoder(FRONTEND_SPECS, replies=False, peer="peer")
     first, late = eventfd(), eventfd()
-    data = encode_request(Request.SET_VRING_KICK, m.VringFd(0, True))
+    data = encode_request(Request.SET_VRING_KICK, p.VringFd(0, True))
     assert decoder.receive(data[:12], [first]) is None
     with pytest.raises(PeerError, match="in the middle of a message"):
         decoder.receive(data[12:], [late])
@@ -266,7 +267,7 @@ def test_descriptors_with_the_first_byte_alone_belong_to_the_message() -> None:
     decoder = Decoder(FRONTEND_SPECS, replies=False, peer="peer")
     fd = eventfd()
     message = feed(
-        decoder, encode_request(Request.SET_VRING_KICK, m.VringFd(0, True)), [fd], [1, 11, 8]
+        decoder, encode_request(Request.SET_VRING_KICK, p.VringFd(0, True)), [fd], [1, 11, 8]
     )
     assert message.fds == [fd]
     message.close()
@@ -288,7 +289,7 @@ def test_an_unknown_request_keeps_its_number_and_bytes() -> None:
     assert (message.request, message.name, message.payload) == (
         200,
         "request 200",
-        m.Raw(b"abc"),
+        p.Raw(b"abc"),
     )
     assert message.need_reply
     message.close()
@@ -297,7 +298,7 @@ def test_an_unknown_request_keeps_its_number_and_bytes() -> None:
 
 def test_taking_a_descriptor_leaves_it_open() -> None:
     left, right = os.pipe()
-    message = Message(Request.SET_LOG_FD, m.Empty(), [OwnedFd(left), OwnedFd(right)])
+    message = Message(Request.SET_LOG_FD, p.Empty(), [OwnedFd(left), OwnedFd(right)])
     taken = message.take_fd()
     message.close()
     assert taken is not None and not taken.closed and message.fds == []
@@ -309,7 +310,7 @@ def test_an_empty_get_config_reply_is_a_refusal() -> None:
     """libvhost-user says no with a header alone."""
     decoder = Decoder(FRONTEND_SPECS, replies=True, peer="peer")
     message = decoder.receive(frame(24, b"", 0x5))
-    assert message is not None and message.payload == m.Config(0, 0, b"")
+    assert message is not None and message.payload == p.Config(0, 0, b"")
 
 
 def test_config_beyond_its_256_bytes_is_refused() -> None:
@@ -327,8 +328,8 @@ def test_a_memory_table_of_nine_regions_is_refused() -> None:
 
 # What real peers sent: bytes as QEMU, libblkio, DPDK and virtiofsd put them on the wire.
 VECTORS = [
-    ("0200000001000000080000004600004001000000", Request.SET_FEATURES, m.U64(0x140000046)),
-    ("08000000010000000800000000000000" + "80000000", Request.SET_VRING_NUM, m.VringState(0, 128)),
+    ("0200000001000000080000004600004001000000", Request.SET_FEATURES, p.U64(0x140000046)),
+    ("08000000010000000800000000000000" + "80000000", Request.SET_VRING_NUM, p.VringState(0, 128)),
     (
         "090000000100000028000000"
         "0000000000000000"
@@ -337,7 +338,7 @@ VECTORS = [
         "00c8fd6b317f0000"
         "00e0fd0f00000000",
         Request.SET_VRING_ADDR,
-        m.VringAddr(0, 0, 0x7F316BFDC000, 0x7F316BFDD000, 0x7F316BFDC800, 0xFFDE000),
+        p.VringAddr(0, 0, 0x7F316BFDC000, 0x7F316BFDD000, 0x7F316BFDC800, 0xFFDE000),
     ),
     (
         "250000000900000028000000"
@@ -347,7 +348,7 @@ VECTORS = [
         "00f0bf5b317f0000"
         "0000000000000000",
         Request.ADD_MEM_REG,
-        m.MemReg(m.Region(0, 0x10000000, 0x7F315BBFF000, 0)),
+        p.MemReg(p.Region(0, 0x10000000, 0x7F315BBFF000, 0)),
     ),
     (
         "050000000900000028000000"
@@ -357,23 +358,23 @@ VECTORS = [
         "0080330001000000"
         "0000000000000000",
         Request.SET_MEM_TABLE,
-        m.MemTable((m.Region(0x100338000, 0x10000000, 0x100338000, 0),)),
+        p.MemTable((p.Region(0x100338000, 0x10000000, 0x100338000, 0),)),
     ),
-    ("270000000900000008000000" + "0b00000000000000", Request.SET_STATUS, m.U64(0xB)),
+    ("270000000900000008000000" + "0b00000000000000", Request.SET_STATUS, p.U64(0xB)),
     (
         "060000000100000010000000" + "0020000000000000" + "0000000000000000",
         Request.SET_LOG_BASE,
-        m.Log(0x2000, 0),
+        p.Log(0x2000, 0),
     ),
     (
         "2a0000000100000008000000" + "0000000000000000",
         Request.SET_DEVICE_STATE_FD,
-        m.StateTransfer(0, 0),
+        p.StateTransfer(0, 0),
     ),
     (
         "180000000900000048000000" + "000000003c00000000000000" + "00" * 60,
         Request.GET_CONFIG,
-        m.Config(0, 0, bytes(60)),
+        p.Config(0, 0, bytes(60)),
     ),
 ]
 
@@ -390,7 +391,7 @@ def test_bytes_of_real_peers(wire: str, request_: Request, payload: Payload) -> 
 
 
 def test_a_reply_carries_exactly_version_and_reply() -> None:
-    assert encode_reply(Request.GET_STATUS, m.U64(0xF)).hex() == (
+    assert encode_reply(Request.GET_STATUS, p.U64(0xF)).hex() == (
         "280000000500000008000000" + "0f00000000000000"
     )
 
@@ -399,4 +400,4 @@ def test_a_reply_that_still_says_need_reply_is_taken() -> None:
     """qemu-storage-daemon answers libblkio's GET_CONFIG with flags 0xd."""
     decoder = Decoder(FRONTEND_SPECS, replies=True, peer="peer")
     message = feed(decoder, frame(24, struct.pack("=III", 0, 2, 0) + b"ab", 0xD), (), [4096])
-    assert message.payload == m.Config(0, 0, b"ab")
+    assert message.payload == p.Config(0, 0, b"ab")

@@ -15,7 +15,7 @@ from tests.unit.test_codec import EXAMPLES, PAYLOADS, ROWS, Row, ids
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.trace import Item, Tracer
 from vhostbridge.backends.vdpa import tracing as vdpa
-from vhostbridge.backends.vhostuser import messages as m
+from vhostbridge.backends.vhostuser import payloads as p
 from vhostbridge.backends.vhostuser import tracing as user
 from vhostbridge.backends.vhostuser.channel import Channel
 from vhostbridge.backends.vhostuser.messages import Request
@@ -77,42 +77,42 @@ def test_every_message_is_told_the_same_whether_it_comes_or_goes(
 @given(st.binary(min_size=16, max_size=300))
 def test_bytes_that_nobody_looks_into_are_only_counted(secret: bytes) -> None:
     for request in (Request.CREATE_CRYPTO_SESSION, 99):
-        (entry,) = recorded(user.received, FRONT_END, request, m.Raw(secret), 0, False)
+        (entry,) = recorded(user.received, FRONT_END, request, p.Raw(secret), 0, False)
         assert entry.fields == {"bytes": len(secret)}
 
 
 def test_fields_have_the_meaning_of_their_message() -> None:
-    def fields(request: Request, payload: m.Payload, *, reply: bool = False) -> object:
+    def fields(request: Request, payload: p.Payload, *, reply: bool = False) -> object:
         lane = user.Lane("front-end", FRONTEND_SPECS, reply)
         (entry,) = recorded(user.received, lane, request, payload, 0, False)
         return entry.fields
 
-    assert fields(Request.SET_FEATURES, m.U64(1 << 32 | 1 << 9 | 1 << 60)) == {
+    assert fields(Request.SET_FEATURES, p.U64(1 << 32 | 1 << 9 | 1 << 60)) == {
         "features": "0x1000000100000200",
         "names": ["FLUSH", "VERSION_1", "bit_60"],
     }
-    assert fields(Request.SET_PROTOCOL_FEATURES, m.U64(9 | 1 << 40)) == {
+    assert fields(Request.SET_PROTOCOL_FEATURES, p.U64(9 | 1 << 40)) == {
         "features": "0x10000000009",
         "names": ["MQ", "REPLY_ACK", "bit_40"],
     }
-    assert fields(Request.SET_STATUS, m.U64(15)) == {
+    assert fields(Request.SET_STATUS, p.U64(15)) == {
         "status": "0xf",
         "names": ["ACKNOWLEDGE", "DRIVER", "DRIVER_OK", "FEATURES_OK"],
     }
-    assert fields(Request.SET_VRING_NUM, m.VringState(1, 256)) == {"index": 1, "size": 256}
-    assert fields(Request.SET_VRING_BASE, m.VringState(1, 16)) == {"index": 1, "base": "0x10"}
-    assert fields(Request.GET_VRING_BASE, m.VringState(1, 0)) == {"index": 1}
-    assert fields(Request.GET_VRING_BASE, m.VringState(1, 7), reply=True) == {
+    assert fields(Request.SET_VRING_NUM, p.VringState(1, 256)) == {"index": 1, "size": 256}
+    assert fields(Request.SET_VRING_BASE, p.VringState(1, 16)) == {"index": 1, "base": "0x10"}
+    assert fields(Request.GET_VRING_BASE, p.VringState(1, 0)) == {"index": 1}
+    assert fields(Request.GET_VRING_BASE, p.VringState(1, 7), reply=True) == {
         "index": 1,
         "base": "0x7",
     }
-    assert fields(Request.SET_VRING_KICK, m.VringFd(3, False)) == {"index": 3, "fd": False}
-    assert fields(Request.GET_CONFIG, m.Config(4, 0, bytes(2))) == {
+    assert fields(Request.SET_VRING_KICK, p.VringFd(3, False)) == {"index": 3, "fd": False}
+    assert fields(Request.GET_CONFIG, p.Config(4, 0, bytes(2))) == {
         "offset": 4,
         "size": 2,
         "flags": 0,
     }
-    assert fields(Request.SET_MEM_TABLE, m.MemTable((m.Region(1, 2, 3, 4),))) == {
+    assert fields(Request.SET_MEM_TABLE, p.MemTable((p.Region(1, 2, 3, 4),))) == {
         "regions": [
             {
                 "guest_address": "0x1",
@@ -122,8 +122,8 @@ def test_fields_have_the_meaning_of_their_message() -> None:
             }
         ]
     }
-    assert fields(Request.SET_OWNER, m.U64(0), reply=True) == {"ack": "ok"}
-    assert fields(Request.SET_OWNER, m.U64(3), reply=True) == {"ack": "refused (3)"}
+    assert fields(Request.SET_OWNER, p.U64(0), reply=True) == {"ack": "ok"}
+    assert fields(Request.SET_OWNER, p.U64(3), reply=True) == {"ack": "refused (3)"}
 
 
 def test_equal_messages_in_a_row_are_counted() -> None:
@@ -209,9 +209,9 @@ async def test_channel_tells_what_it_sends_and_receives_once_it_is_traced() -> N
         message = await channel.receive()
         assert message is not None
         message.close()
-        await channel.send_reply(12, m.U64(0))
+        await channel.send_reply(12, p.U64(0))
         trace.detach()
-        await channel.send_reply(12, m.U64(1))
+        await channel.send_reply(12, p.U64(1))
         theirs.sendall(frame(8, b"short"))
         with pytest.raises(PeerError):
             await channel.receive()
