@@ -230,6 +230,19 @@ def check_reload_leaves_the_other_bridge_alone() -> None:
     assert process() == pid
 
 
+def check_reload_begins_a_trace() -> None:
+    """Where the guide has it: there is no other place on disk that the daemon may write to."""
+    system = machine()
+    system.systemctl("start", UNIT)
+    before, trace = CONFIG.read_text(), Path("/var/log/vhost-bridge/trace")
+    CONFIG.write_text(f'trace = "{trace}"\n{before}')
+    system.systemctl("reload", UNIT)
+    wait_until(trace.exists)
+    assert (trace.owner(), trace.stat().st_mode & 0o777) == ("vhost-bridge", 0o600)
+    CONFIG.write_text(before)
+    system.systemctl("reload", UNIT)
+
+
 def check_upgrade_is_a_pause() -> None:
     system = machine()
     system.systemctl("start", UNIT, "vhost-bridge@vm1.socket")
