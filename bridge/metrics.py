@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,11 +202,13 @@ class Metrics:
         return "".join(parts)
 
 
-def merged(texts: Iterable[str]) -> str:
-    """The metrics of several daemons in one text.
+def merged(texts: Sequence[str]) -> str:
+    """The metrics of daemons in one text, which node_exporter may read.
 
-    What is a daemon's own can't be told apart then, and is left out.
+    What is a process' own is left out: node_exporter has these of itself. So is
+    what can't be told apart of several daemons.
     """
+    left_out = ["# HELP process_", *["# HELP vhost_bridge_bridges "] * (len(texts) > 1)]
     found: dict[str, list[str]] = {}
     for text in texts:
         head = ""
@@ -222,7 +224,7 @@ def merged(texts: Iterable[str]) -> str:
     lines = [
         line
         for head, samples in found.items()
-        if not head.startswith(("# HELP process_", "# HELP vhost_bridge_bridges "))
+        if not head.startswith(tuple(left_out))
         for line in dict.fromkeys([head, *samples])
     ]
     return "".join(f"{line}\n" for line in lines)

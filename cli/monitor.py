@@ -125,8 +125,8 @@ def event_line(event: Event) -> str:
 def metrics(control: Path | None) -> None:
     """Print the metrics of all bridges in Prometheus' text format.
 
-    "serve --metrics" lets Prometheus fetch the same. Of several daemons what is a daemon's own
-    (process_...) is left out; --control asks one.
+    "serve --metrics" lets Prometheus fetch the same. What is a daemon's own (process_...) is left
+    out, but for the one that --control names.
 
     \b
     Examples:
@@ -138,7 +138,7 @@ def metrics(control: Path | None) -> None:
     from vhostbridge.bridge.metrics import merged
 
     texts = [daemon.metrics() for daemon in every_daemon(control)]
-    click.echo(texts[0] if len(texts) == 1 else merged(texts), nl=False)
+    click.echo(texts[0] if control is not None else merged(texts), nl=False)
 
 
 COMMANDS = (monitor, metrics)

@@ -297,7 +297,10 @@ def test_long_text_comes_whole(folder: Path) -> None:
 
 
 def test_command_prints_metrics_of_one_daemon_and_of_several(run: Run, folder: Path) -> None:
-    assert value(run("metrics").out, "vhost_bridge_bridges") == 300
+    text = run("metrics").out
+    assert value(text, "vhost_bridge_bridges") == 300
+    assert "process_" not in text, "node_exporter, which reads it, has these of itself"
+    assert "process_" in run("metrics", "--control", folder / "a.sock").out
     with daemon(folder / "b.sock", FakeBridge("other")):
         text = run("metrics").out
         assert value(text, "vhost_bridge_held", bridge="other") == 0
