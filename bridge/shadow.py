@@ -353,8 +353,11 @@ class ShadowDevice(FamiliarDevice):
             if shadowed:
                 self._shadowed = before
                 raise
-            why = "requests pass through shadow vrings until the device stops"
-            _log.warning("%s: %s: %s", self.info.target, why, error)
+            _log.warning(
+                "%s: requests pass through shadow vrings until the device stops: %s",
+                self.info.target,
+                error,
+            )
             return
         again = (self.features, [v for v in self.vrings.values() if v.index in self._running])
         try:
