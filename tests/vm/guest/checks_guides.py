@@ -39,12 +39,12 @@ def guest_on(path: str, driver: BlockDriver | None = None) -> Iterator[BlockDriv
 
 
 def check_readme() -> None:
-    """`pip install .` is what tests/install does."""
+    """Installing with pip is what tests/install does."""
     with block_device(), Reader() as reader:
         *before, suspend = [
             command
             for command in reader.commands("README.md#install-and-use")
-            if command.where == "host" and command.text != "pip install ."
+            if command.where == "host" and "/opt/vhost-bridge" not in command.text
         ]
         assert "suspend" in suspend.text
         for command in before:
