@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.fakes import eventfd, frame, state, u64
-from tests.unit.test_codec import EXAMPLES, PAYLOADS, ROWS, Row, ids
+from tests.unit.wire import EXAMPLES, PAYLOADS, ROWS, Row, ids
 from vhostbridge.backends.errors import PeerError
 from vhostbridge.backends.trace import Item, Tracer
 from vhostbridge.backends.vdpa import tracing as vdpa
