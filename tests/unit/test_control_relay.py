@@ -1,92 +1,21 @@
-"""The guest's control vring behind the bridge: a driver of it, and a device that answers."""
+"""Commands of the guest's control vring pass through the bridge: whole, in order, and once."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import trio
 
+from tests.unit.control_driver import FEATURES, INDEX, MAC, PROMISC, SET_MAC, Guest, relayed
 from tests.unit.fakes import eventfd, signals
-from tests.unit.test_controlled import CTRL_RX, CTRL_VQ, MAC_ADDR, MQ, VERSION_1, Bench, bench
-from tests.vm.guest.memory import Memory
-from tests.vm.guest.vring import NEXT, Buffer, SplitRing
-from vhostbridge.backends.errors import StateError, Unsupported
-from vhostbridge.backends.fds import OwnedFd
-from vhostbridge.backends.guest import MemoryRegion, VringSetup
+from tests.unit.test_controlled import Bench
+from tests.vm.guest.vring import NEXT, Buffer
 from vhostbridge.backends.lifecycle import State
-from vhostbridge.backends.state import compatibility
 from vhostbridge.bridge.recovery import last_state
-
-FEATURES = VERSION_1 | CTRL_VQ | CTRL_RX | MQ | MAC_ADDR
-INDEX = 8
-MAC = bytes.fromhex("525400aabbcc")
-SET_MAC = b"\1\1" + MAC
-PROMISC = b"\0\0\1"
-
-
-class Guest:
-    """A driver with a control vring of 16 descriptors."""
-
-    def __init__(self, b: Bench) -> None:
-        self.memory = Memory(1 << 20)
-        self.ring = SplitRing(self.memory, 16)
-        self._at = self.memory.take(4096, 64)
-        fd = b.own(OwnedFd(self.memory.fd))
-        self.region = MemoryRegion(self.memory.guest, self.memory.size, fd, 0, (0, 7, 0))
-        self.ring.close()
-        self.kick, self.call, self.err = (b.own(eventfd()) for _ in range(3))
-        self.new_eventfds(self.kick, self.call)
-        self._replies: dict[int, tuple[int, int]] = {}
-
-    def new_eventfds(self, kick: OwnedFd, call: OwnedFd) -> None:
-        self.kick, self.call = kick, call
-        self.ring.kick_fd, self.ring.call_fd = kick.fileno(), call.fileno()
-
-    def setup(self, base: int | None = 0) -> VringSetup:
-        guest, ring = self.memory.guest, self.ring
-        areas = (guest + ring.descriptors, guest + ring.avail, guest + ring.used)
-        fds = (self.kick, self.call, self.err)
-        return VringSetup(INDEX, ring.size, *areas, base, *fds, enabled=True)
-
-    def submit(self, command: bytes, *, room: int = 1, kick: bool = True) -> None:
-        """In two pieces, as Linux does it."""
-        at = self._at + 256 * (len(self._replies) % 8)
-        self.memory.map[at : at + len(command)] = command
-        self.memory.map[at + 200 : at + 200 + room] = b"\xee" * room
-        pieces = [(at, 2), (at + 2, len(command) - 2)] if len(command) > 2 else [(at, len(command))]
-        chain = [Buffer(self.memory, *piece) for piece in pieces]
-        chain.append(Buffer(self.memory, at + 200, room, writable=True))
-        self._replies[self.ring.add(chain, kick=kick)] = (at + 200, room)
-
-    async def replies(self, count: int = 1) -> list[bytes]:
-        """Those of the next commands; each with a call."""
-        found: list[bytes] = []
-        with trio.fail_after(5):
-            while len(found) < count:
-                for head, _ in self.ring.take_used():
-                    at, room = self._replies.pop(head)
-                    found.append(self.memory.map[at : at + room])
-                await trio.sleep(0.001)
-        return found
-
-    async def tell(self, command: bytes) -> int:
-        self.submit(command)
-        ((ack,),) = await self.replies()
-        return ack
-
-
-@asynccontextmanager
-async def relayed() -> AsyncIterator[tuple[Bench, Guest]]:
-    async with bench() as b:
-        guest = Guest(b)
-        await b.device.set_memory([*b.regions, guest.region])
-        await b.device.run(FEATURES, [*b.rings(2), guest.setup()])
-        yield b, guest
 
 
 def answering(b: Bench, answer: Callable[[bytes, int], bytes]) -> None:
@@ -143,50 +72,6 @@ async def test_many_commands_at_once_keep_their_order() -> None:
         guest.ring.kick()
         assert await guest.replies(5) == [b"\0"] * 5
         assert b.commands() == sent
-
-
-async def test_restarted_device_is_told_again_before_data_vrings() -> None:
-    async with relayed() as (b, guest):
-        for command in (b"\4\0\2\0", PROMISC, SET_MAC):
-            await guest.tell(command)
-        await b.device.suspend()
-        b.commands()
-        b.kernel.log.clear()
-        rings = [replace(v, size=32) for v in b.device.vrings.values() if v.index != INDEX]
-        await b.device.run(FEATURES, [*rings, guest.setup(None)])
-        log = b.kernel.log
-        after = log[log.index("status 15") + 1 :]
-        assert after == [
-            SET_MAC.hex(),
-            "04000200",
-            PROMISC.hex(),
-            *[f"enable {n}" for n in range(4)],
-        ]
-        assert await guest.tell(b"\0\0\0") == 0
-        assert b.device.control_state() == {"mac": MAC, "rx": {"promisc": False}, "pairs": 2}
-
-
-async def test_resumed_device_is_not_told_again() -> None:
-    async with relayed() as (b, guest):
-        await guest.tell(SET_MAC)
-        await b.device.suspend()
-        assert b.device.vrings[INDEX].base == 1
-        b.commands()
-        await b.device.resume()
-        assert b.commands() == []
-        assert await guest.tell(PROMISC) == 0
-
-
-async def test_refused_when_told_again_fails_the_start() -> None:
-    async with relayed() as (b, guest):
-        await guest.tell(SET_MAC)
-        await b.device.suspend()
-        b.device.refused = {SET_MAC}
-        rings = [replace(v, size=32) for v in b.device.vrings.values() if v.index != INDEX]
-        with pytest.raises(Unsupported, match="refused MAC ADDR_SET, which the guest's driver"):
-            await b.device.run(FEATURES, [*rings, guest.setup(None)])
-        assert b.device.state is State.SUSPENDED
-        assert b.device.vrings[INDEX].base == 1
 
 
 async def test_suspend_waits_for_the_command_on_its_way() -> None:
@@ -290,79 +175,6 @@ async def test_device_that_does_not_answer_is_failed_and_the_command_waits() -> 
         assert state.control == {"mac": MAC}
 
 
-async def test_loaded_state_is_told_before_data_vrings_run() -> None:
-    async with relayed() as (b, guest):
-        for command in (SET_MAC, PROMISC):
-            await guest.tell(command)
-        await b.device.suspend()
-        state = replace(b.device.state_of(bytes(24)), transport="vdpa")
-    async with bench() as b:
-        other = Guest(b)
-        await b.device.set_memory([*b.regions, other.region])
-        b.device.load(state)
-        assert b.device.vrings[INDEX].base == 2 and b.device.state is State.SUSPENDED
-        await b.device.run(FEATURES, [*b.rings(2), other.setup(2)])
-        assert b.commands() == [SET_MAC, PROMISC]
-        assert b.device.control_state() == {"mac": MAC, "rx": {"promisc": True}}
-
-
-async def test_address_from_the_configuration_goes_along() -> None:
-    async with relayed() as (b, _):
-        await b.device.suspend()
-        state = b.device.state_of(MAC + bytes(18))
-        assert state.control is None
-    async with bench() as b:
-        other = Guest(b)
-        await b.device.set_memory([*b.regions, other.region])
-        b.device.load(replace(state, features=FEATURES | 1 << 5))
-        await b.device.run(FEATURES | 1 << 5, [*b.rings(2), other.setup(0)])
-        assert b.commands() == [SET_MAC]
-
-
-async def test_state_that_can_not_be_told_is_refused_before_the_device_is_touched() -> None:
-    async with bench() as b:
-        state = replace(b.device.state_of(b""), control={"newer": 1}, features=FEATURES)
-        with pytest.raises(StateError, match="can't be told to a device"):
-            b.device.load(state)
-        assert b.device.state is State.RESET
-
-
-async def test_compatibility_knows_who_can_be_told() -> None:
-    async with bench() as b:
-        mac = 1 << 5
-        info = replace(b.device.info, features=b.device.info.features | mac)
-        state = replace(b.device.state_of(MAC + bytes(18)), control={"mac": MAC}, device_id=1)
-        state = replace(state, features=FEATURES | mac, transport="vdpa")
-        now = bytes(24)
-        abilities = b.device.capabilities
-        assert compatibility(state, info, abilities, now) == []
-        told = compatibility(state, replace(info, takes_control=False), abilities, now)
-        assert [reason for reason in told if "control vring" in reason]
-        assert [reason for reason in told if reason.startswith("mac ")]
-
-
-async def test_another_driver_begins_with_a_device_that_forgot() -> None:
-    async with relayed() as (b, guest):
-        await guest.tell(PROMISC)
-        await b.device.suspend()
-        b.device.new_driver()
-        b.kernel.log.clear()
-        b.commands()
-        other = Guest(b)
-        await b.device.set_memory([*b.regions, other.region])
-        await b.device.run(FEATURES, [*b.rings(2), other.setup(0)])
-        assert "status 0" in b.kernel.log and b.commands() == []
-        assert b.device.control_state() is None
-
-
-async def test_reset_forgets() -> None:
-    async with relayed() as (b, guest):
-        await guest.tell(PROMISC)
-        await b.device.suspend()
-        await b.device.reset()
-        assert b.device.control_state() is None and INDEX not in b.device.vrings
-
-
 async def test_eventfds_are_exchanged_while_it_runs() -> None:
     async with relayed() as (b, guest):
         for _ in range(5):
@@ -374,16 +186,6 @@ async def test_eventfds_are_exchanged_while_it_runs() -> None:
             assert await guest.tell(PROMISC) == 0
             with trio.fail_after(5):
                 await trio.lowlevel.wait_readable(call.fileno())
-
-
-async def test_what_the_guest_said_holds_while_its_control_vring_is_stopped() -> None:
-    async with relayed() as (b, guest):
-        assert await guest.tell(SET_MAC) == 0
-        await b.device.stop_vring(INDEX)
-        rest = [replace(v, base=None) for i, v in b.device.vrings.items() if i != INDEX]
-        await b.device.run(FEATURES, rest)
-        assert b.device.control_report()["driver"] == "guest"
-        assert b.commands() == [SET_MAC]
 
 
 async def test_disabled_vring_waits() -> None:
@@ -404,18 +206,3 @@ async def test_memory_comes_and_goes_while_it_runs() -> None:
         assert await guest.tell(PROMISC) == 0
         await b.device.set_memory([*b.regions, guest.region])
         assert await guest.tell(SET_MAC) == 0
-
-
-async def test_front_end_goes_over_to_the_control_vring_and_back() -> None:
-    async with bench() as b:
-        guest = Guest(b)
-        await b.device.set_memory([*b.regions, guest.region])
-        await b.device.run(VERSION_1 | MQ, b.rings(2))
-        assert b.commands() == [b"\4\0\2\0", PROMISC]
-        await b.device.suspend()
-        await b.device.run(FEATURES, [*b.rings(2), guest.setup(0)])
-        assert b.commands() == [] and await guest.tell(SET_MAC) == 0
-        await b.device.suspend()
-        await b.device.run(VERSION_1 | MQ, b.rings(2))
-        assert b.commands() == [SET_MAC, b"\4\0\2\0", PROMISC]
-        assert b.device.control_vring is None
