@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 
 import pytest
@@ -40,12 +39,6 @@ from vhostbridge.backends.vhostuser.messages import Request as R
 
 ALL = ("set_memory", (0, MEMORY))
 CTRL_VQ = 1 << 17
-
-
-def set_indices(vm: FrontEnd, index: int, available: int, used: int) -> None:
-    at = 0x10000 * (index + 1)
-    os.pwrite(vm.memory.fileno(), available.to_bytes(2, "little"), at + 0x1002)
-    os.pwrite(vm.memory.fileno(), used.to_bytes(2, "little"), at + 0x2002)
 
 
 async def test_libblkio_asks_for_a_reply_to_everything(autojump_clock: MockClock) -> None:
@@ -143,40 +136,6 @@ async def test_pause_that_fails_leaves_the_device_running(autojump_clock: MockCl
         await vm.nack(R.SET_VRING_ENABLE, state(1, 0))
         await vm.settle()
         assert vm.device.state is State.RUNNING and vm.session.vrings[1].enabled
-
-
-async def test_cloud_hypervisor_leaves_requests_undone_behind_the_base(
-    autojump_clock: MockClock,
-) -> None:
-    """It tells the available index of a vring that ran elsewhere. Receive buffers wait there."""
-    async with connected() as vm:
-        await vm.set_up(protocol=OFFER & ~PF.STATUS)
-        set_indices(vm, 0, available=300, used=172)
-        set_indices(vm, 1, available=9, used=9)
-        vm.need_reply = True
-        for index, base in ((0, 300), (1, 9)):
-            await vm.tell(R.SET_VRING_NUM, state(index, 128))
-            await vm.tell(R.SET_VRING_ADDR, ring(index))
-            await vm.tell(R.SET_VRING_BASE, state(index, base))
-            await vm.set_kick(index)
-        await vm.enable(0, 1)
-        await vm.settle()
-        assert vm.device.take_calls()[1:] == [("run", DEVICE_GETS, (0, 172), (1, 9))]
-
-
-async def test_base_of_a_device_that_was_stopped_is_its_own(autojump_clock: MockClock) -> None:
-    """It may hold what it has not used."""
-    async with connected() as vm:
-        await vm.start(0)
-        vm.device.bases[0] = 300
-        await vm.enable(0, on=0)
-        assert await vm.base(0) == 300
-        set_indices(vm, 0, available=300, used=290)
-        vm.device.take_calls()
-        await vm.set_ring(0, base=300)
-        await vm.enable(0)
-        await vm.settle()
-        assert vm.device.take_calls() == [("run", DEVICE_GETS, (0, 300))]
 
 
 async def test_cloud_hypervisor_resets_ring_by_ring(autojump_clock: MockClock) -> None:
@@ -314,40 +273,6 @@ async def test_libkrun_begins_anew_without_stopping_vrings(
         assert vm.device.rings[1].size == 64
 
 
-async def test_vring_of_a_listening_dpdk_goes_on_at_its_used_index(
-    autojump_clock: MockClock,
-) -> None:
-    """It says 0 of every split vring, also of one that ran before the bridge connected anew, and
-    before that stops on the new connection what ran on the old one."""
-    async with connected() as vm:
-        await vm.enable(0, 1, on=0)
-        assert [await vm.base(index) for index in (0, 1)] == [0, 0]
-        await vm.set_up()
-        set_indices(vm, 0, available=2256, used=2000)
-        set_indices(vm, 1, available=2000, used=2000)
-        for index in (0, 1):
-            await vm.set_ring(index, base=0)
-        await vm.enable(0, 1)
-        await vm.ack(R.SET_STATUS, u64(0xF))
-        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 2000), (1, 2000))
-
-
-async def test_vring_of_dragonball_goes_on_though_it_tells_no_base(
-    autojump_clock: MockClock,
-) -> None:
-    """When a back-end connects anew it leaves that out: it does not know."""
-    async with connected() as vm:
-        await vm.set_up(protocol=PF.MQ)
-        set_indices(vm, 0, available=40, used=30)
-        await vm.tell(R.SET_VRING_NUM, state(0, 256))
-        await vm.tell(R.SET_VRING_ADDR, ring(0))
-        await vm.set_kick(0)
-        await vm.set_call(0)
-        await vm.enable(0)
-        await vm.settle()
-        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 30))
-
-
 async def test_stratovirt_stops_and_goes_on_without_bit_30(autojump_clock: MockClock) -> None:
     """Its vring begins at its used index; size and addresses are not told again."""
     async with connected() as vm:
@@ -366,16 +291,6 @@ async def test_stratovirt_stops_and_goes_on_without_bit_30(autojump_clock: MockC
         await vm.settle()
         assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 12))
         assert vm.device.rings[0].enabled
-
-
-async def test_indices_that_no_driver_has_left_are_not_gone_by(autojump_clock: MockClock) -> None:
-    async with connected() as vm:
-        await vm.set_up()
-        set_indices(vm, 0, available=7, used=2000)
-        await vm.set_ring(0, base=0)
-        await vm.enable(0)
-        await vm.settle()
-        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 0))
 
 
 async def test_dpdk_virtio_user_order(autojump_clock: MockClock) -> None:
