@@ -55,6 +55,8 @@ DEVICE_GETS = FEATURES & ~PROTOCOL_FEATURES
 USER = 0x7F00_0000_0000
 MEMORY = 0x20_0000
 TABLE = struct.pack("=II", 1, 0) + region(0, MEMORY, USER)
+#: The fake device's call when it gets that.
+ALL = ("set_memory", (0, MEMORY))
 
 
 def ring(index: int, user: int = USER) -> bytes:

@@ -20,6 +20,7 @@ from tests.unit.fakes import (
     u64,
 )
 from tests.unit.frontend import (
+    ALL,
     DEVICE_GETS,
     FEATURES,
     MEMORY,
@@ -37,7 +38,6 @@ from vhostbridge.backends.errors import Unsupported
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.messages import Request as R
 
-ALL = ("set_memory", (0, MEMORY))
 CTRL_VQ = 1 << 17
 
 

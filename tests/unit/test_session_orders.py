@@ -18,6 +18,7 @@ from tests.unit.fakes import (
     u64,
 )
 from tests.unit.frontend import (
+    ALL,
     DEVICE_GETS,
     FEATURES,
     MEMORY,
@@ -33,7 +34,6 @@ from tests.unit.frontend import (
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.messages import Request as R
 
-ALL = ("set_memory", (0, MEMORY))
 CONFIG_57 = struct.pack("=III", 0, 57, 0) + bytes(57)
 
 

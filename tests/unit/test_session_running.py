@@ -20,6 +20,7 @@ from tests.unit.fakes import (
     u64,
 )
 from tests.unit.frontend import (
+    ALL,
     DEVICE_GETS,
     FEATURES,
     MEMORY,
@@ -36,10 +37,6 @@ from vhostbridge.backends.errors import KernelRefused, TransportLost, Unsupporte
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.messages import Request as R
 from vhostbridge.backends.virtio import TransportFeature
-
-ALL = ("set_memory", (0, MEMORY))
-CONFIG_57 = struct.pack("=III", 0, 57, 0) + bytes(57)
-
 
 # While it runs
 
