@@ -27,6 +27,13 @@ def begins(store: Store) -> Waiting:
     return Waiting("vm", store.next_process())
 
 
+async def found(store: Store) -> Waiting:
+    """The same, once that process has looked for it."""
+    waiting = begins(store)
+    await waiting.find()
+    return waiting
+
+
 def waiting_in(device: Device, state: DeviceState, store: Store, origin: Origin) -> Waiting:
     device.load(state)
     waiting = begins(store)
@@ -45,8 +52,7 @@ async def test_what_one_process_left_waits_in_the_device_of_the_next(origin: Ori
     await before.leave(device)
     assert before.incoming is None and set(store.kept) == {f"state.{origin.name}.vm"}
     before.close()
-    after, other = begins(store), OnVdpa()
-    await after.find()
+    after, other = await found(store), OnVdpa()
     assert after.incoming is not None and after.incoming.origin is origin
     await after.load(other)
     assert {i: v.base for i, v in other.vrings.items()} == bases(STATE)
@@ -59,9 +65,8 @@ async def test_internal_state_goes_into_the_first_device_that_comes() -> None:
     store = Store()
     before = waiting_in(device := Stateful(), OWNED, store, Origin.LOADED)
     await before.leave(device)
-    after, other = begins(store), Stateful()
+    after, other = await found(store), Stateful()
     other.own = b""
-    await after.find()
     await after.load(other)
     assert (other.state, other.own) == (State.SUSPENDED, OWN)
     assert after.incoming is not None
@@ -72,8 +77,7 @@ async def test_where_its_device_has_gone_it_is_left_as_it_is_known() -> None:
     store = Store()
     before = waiting_in(OnVdpa(), STATE, store, Origin.KEPT)
     await before.leave(None)
-    after = begins(store)
-    await after.find()
+    after = await found(store)
     assert after.incoming == Incoming(STATE, Origin.KEPT)
     after.close()
 
@@ -84,8 +88,7 @@ async def test_device_that_ends_with_the_process_takes_nothing_along() -> None:
     before = waiting_in(device := OnVdpa(), STATE, store, Origin.KEPT)
     device.refuse["read_config"] = TransportLost("it ends")
     await before.leave(device)
-    after = begins(store)
-    await after.find()
+    after = await found(store)
     assert after.incoming == Incoming(STATE, Origin.KEPT)
     after.close()
 
@@ -137,13 +140,11 @@ async def test_internal_state_that_no_device_has_taken_yet_goes_on_to_the_next_p
     """The back-end was away for all of a process's life."""
     store = Store()
     await waiting_in(device := Stateful(), OWNED, store, Origin.KEPT).leave(device)
-    between = begins(store)
-    await between.find()
+    between = await found(store)
     await between.leave(None)
     between.close()
-    after, other = begins(store), Stateful()
+    after, other = await found(store), Stateful()
     other.own = b""
-    await after.find()
     assert after.incoming is not None and after.incoming.origin is Origin.KEPT
     await after.load(other)
     assert (other.state, other.own) == (State.SUSPENDED, OWN)
@@ -152,8 +153,7 @@ async def test_internal_state_that_no_device_has_taken_yet_goes_on_to_the_next_p
 async def test_device_that_goes_as_it_is_looked_at_has_taken_nothing() -> None:
     store = Store()
     await waiting_in(device := Stateful(), OWNED, store, Origin.LOADED).leave(device)
-    after, gone, other = begins(store), Stateful(), Stateful()
-    await after.find()
+    after, gone, other = await found(store), Stateful(), Stateful()
     gone.refuse["read_config"] = TransportLost("it went away")
     with pytest.raises(TransportLost):
         await after.load(gone)
@@ -182,8 +182,7 @@ async def test_device_that_refuses_its_internal_state_has_it_given_up(
     store = Store()
     before = waiting_in(device := Stateful(), OWNED, store, Origin.LOADED)
     await before.leave(device)
-    after = begins(store)
-    await after.find()
+    after = await found(store)
     await after.load(Refusing())
     assert after.incoming is None
     assert "vm: the waiting state is given up: not today" in caplog.text
@@ -206,8 +205,7 @@ async def test_damaged_state_is_given_up(caplog: pytest.LogCaptureFixture) -> No
     store = Store()
     with memfd(100) as file:
         store.keep("state.LOADED.vm", file.fileno())
-    waiting = begins(store)
-    await waiting.find()
+    waiting = await found(store)
     waiting.close()
     assert waiting.incoming is None
     assert "vm: the waiting state is given up: " in caplog.text
@@ -218,7 +216,6 @@ async def test_state_that_never_got_to_a_device_is_told_when_the_bridge_ends(
 ) -> None:
     store = Store()
     await waiting_in(device := OnVdpa(), STATE, store, Origin.LOADED).leave(device)
-    after = begins(store)
-    await after.find()
+    after = await found(store)
     after.close()
     assert "vm: the waiting state is given up: the bridge ends" in caplog.text
