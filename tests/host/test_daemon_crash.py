@@ -68,27 +68,14 @@ def test_buffer_of_a_back_end_that_has_one_is_the_front_ends(
 
 
 def kill_and_go_on(start: Callable[[ExitStack], list[Bridge]], log: Path, rounds: int) -> None:
-    """Bridges, the front-end's first, are killed again and again; no write is lost or repeated."""
-    chance, keeper = random.Random(20261125), Keeper(1 << 21)
-    for _ in range(rounds):
-        with ExitStack() as stack:
-            bridges = start(stack)
-            keeper.connect(str(bridges[0].listen))
-            keeper.work(chance.uniform(0, 0.06))
-            for bridge in reversed(bridges):
-                bridge.kill()
-            keeper.lose()
-    with ExitStack() as stack:
-        keeper.connect(str(start(stack)[0].listen))
-        keeper.finish()
-        keeper.close()
+    """Kill bridges while `Keeper` writes; no write is lost or repeated."""
+    keeper = Keeper(1 << 21)
+    doubts = kill_under(keeper, start, rounds, seed=20261125)
     writes = Counter(int(at, 16) // SECTOR for at in WRITE.findall(log.read_text()))
     assert set(writes) == keeper.done
-    doubts = Counter(number for flying in keeper.in_doubt for number in flying)
     repeated = {number for number, times in writes.items() if times > 1}
     assert repeated <= set(doubts)
     assert all(writes[number] <= 1 + doubts[number] for number in repeated)
-    assert sum(map(bool, keeper.in_doubt)) > rounds / 4
     print(f"{keeper.sent} writes, {len(doubts)} in flight at a kill, {len(repeated)} done again")
 
 
@@ -122,8 +109,24 @@ def test_back_end_makes_a_buffer_for_packed_vrings_of_any_size(tmp_path: Path) -
 def kill_among_packets(
     start: Callable[[ExitStack], list[Bridge]], keeper: PacketKeeper, rounds: int
 ) -> None:
-    """Bridges, the front-end's first, are killed again and again while frames come and go."""
-    chance = random.Random(20261127)
+    """The same while frames come and go: no buffer is lost or repeated."""
+    doubts = kill_under(keeper, start, rounds, seed=20261127)
+    assert all(times <= 1 + doubts[number] for number, times in keeper.received.items())
+    assert len(keeper.received) > keeper.sent / 10
+
+
+def kill_under(
+    keeper: Keeper | PacketKeeper,
+    start: Callable[[ExitStack], list[Bridge]],
+    rounds: int,
+    *,
+    seed: int,
+) -> Counter[int]:
+    """Bridges, the front-end's first, are killed again and again while it works.
+
+    Returns how often each of its numbers was in flight at a kill.
+    """
+    chance = random.Random(seed)
     for _ in range(rounds):
         with ExitStack() as stack:
             bridges = start(stack)
@@ -136,10 +139,8 @@ def kill_among_packets(
         keeper.connect(str(start(stack)[0].listen))
         keeper.finish()
         keeper.close()
-    doubts = Counter(number for flying in keeper.in_doubt for number in flying)
-    assert all(times <= 1 + doubts[number] for number, times in keeper.received.items())
     assert sum(map(bool, keeper.in_doubt)) > rounds / 4
-    assert len(keeper.received) > keeper.sent / 10
+    return Counter(number for flying in keeper.in_doubt for number in flying)
 
 
 def test_guest_whose_daemon_is_killed_sees_a_pause_only(
