@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.peers.bridge import Bridge
+from tests.peers.manager import Manager
 from tests.peers.storage import StorageDaemon, make_image
 
 HERE = Path(__file__).parent
@@ -33,3 +34,17 @@ def bridge(disk: StorageDaemon, tmp_path: Path) -> Iterator[Bridge]:
     """A bridge that listens, in front of `disk`."""
     with Bridge(f"vhost-user:{disk.socket}", listen=tmp_path / "vm.sock") as running:
         yield running
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    """A service manager that keeps descriptors."""
+    with Manager(tmp_path) as manager:
+        yield manager
+
+
+@pytest.fixture
+def arguments(disk: StorageDaemon, tmp_path: Path) -> list[str | Path]:
+    """Those of `serve` for one bridge, `vm1`, in front of `disk`, which listens at `vm.sock`."""
+    device: list[str | Path] = ["--name", "vm1", "--backend", f"vhost-user:{disk.socket}"]
+    return [*device, "--listen", tmp_path / "vm.sock", "--control", tmp_path / "control"]
