@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import resource
 import signal
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -56,7 +57,8 @@ async def serve(config: DaemonConfig, again: Callable[[], DaemonConfig] | None =
     At SIGHUP ``again`` tells the configuration anew; bridges that are the same there go on.
 
     Raises:
-        BridgeError: a bridge could not start; the others are stopped again.
+        BridgeError: a bridge could not start; the others are stopped again. Where the process
+            before left front-ends, these go on, and the log has it.
     """
     raise_limits()
     notifier = Notifier()
@@ -65,21 +67,15 @@ async def serve(config: DaemonConfig, again: Callable[[], DaemonConfig] | None =
     with (
         closing(keeper),
         trio.open_signal_receiver(*numbers) as signals,
-        Tracing(config.trace, config.trace_limit) as tracing,
+        Tracing(config.trace, config.trace_limit, required=not keeper.succeeds) as tracing,
     ):
         async with trio.open_nursery() as nursery:
             async with trio.open_nursery() as running:
                 daemon = _Daemon(config, running, notifier, keeper, tracing)
                 nursery.start_soon(daemon.obey, signals, again, nursery.cancel_scope)
                 await daemon.start_all(config.bridges)
-                if config.control is not None:
-                    from .control import serve_control
-
-                    await nursery.start(
-                        serve_control, config.control, daemon.bridges, keeper, daemon.events
-                    )
-                if config.metrics is not None:
-                    await nursery.start(serve_metrics, config.metrics, Metrics(daemon.bridges))
+                await daemon.start_beside("control", partial(daemon.serve_control, nursery))
+                await daemon.start_beside("metrics", partial(daemon.serve_metrics, nursery))
                 keeper.drop_unused()
                 nursery.start_soon(notifier.keep_alive)
                 _log.info(daemon.told)
@@ -121,7 +117,8 @@ class _Daemon:
         return f"serving {count} bridge{'' if count == 1 else 's'}"
 
     async def start_all(self, configs: Iterable[BridgeConfig]) -> None:
-        """Start bridges side by side; when one can't, the others are given up.
+        """Start bridges side by side; when one can't, the others are given up, as ``start_beside``
+        says.
 
         A reload waits until that is done: it would start those that are not there yet once more.
         """
@@ -129,11 +126,44 @@ class _Daemon:
 
         async def start(config: BridgeConfig) -> None:
             async with places:
-                await self.start(config)
+                start = partial(self.start, config)
+                await self.start_beside(config.name, start, bridge=config.name)
 
         async with self._reloading, trio.open_nursery() as nursery:
             for one in configs:
                 nursery.start_soon(start, one)
+
+    async def serve_control(self, nursery: trio.Nursery) -> None:
+        if (path := self._config.control) is not None:
+            from .control import serve_control
+
+            await nursery.start(serve_control, path, self.bridges, self._keeper, self.events)
+
+    async def serve_metrics(self, nursery: trio.Nursery) -> None:
+        if (address := self._config.metrics) is not None:
+            await nursery.start(serve_metrics, address, Metrics(self.bridges))
+
+    async def start_beside(
+        self, name: str, start: Callable[[], Awaitable[None]], *, bridge: str = ""
+    ) -> None:
+        """Start one of the daemon's parts. It costs front-ends that were left here nothing if that
+        can't be: then it is told in the log.
+
+        Raises:
+            BridgeError: it can't be, and nobody was left here.
+        """
+        try:
+            await start()
+        except (BridgeError, BaseExceptionGroup) as error:
+            cause = find_bridge_error(error)
+            if cause is None or not self._keeper.succeeds:
+                raise
+            self._tell_not_started(name, cause, bridge)
+
+    def _tell_not_started(self, name: str, cause: BridgeError, bridge: str) -> None:
+        _log.error("%s: not started: %s", name, cause)
+        text = f"not started: {cause}" if bridge else f"{name}: not started: {cause}"
+        self._tell(Kind.ERROR, text, bridge=bridge, why=str(cause))
 
     async def start(self, config: BridgeConfig) -> None:
         trace = self._tracing.tracer(config.name)
@@ -229,7 +259,6 @@ class _Daemon:
             except (BridgeError, BaseExceptionGroup) as error:
                 if (cause := find_bridge_error(error)) is None:
                     raise
-                _log.error("%s: not started: %s", one.name, cause)
-                self._tell(Kind.ERROR, f"not started: {cause}", bridge=one.name, why=str(cause))
+                self._tell_not_started(one.name, cause, one.name)
         _log.info("reloaded, %s", self.told)
         self._tell(Kind.RELOADED, self.told, bridges=len(self.bridges))

@@ -51,6 +51,8 @@ class Keeper:
         self.states: dict[str, tuple[str, OwnedFd]] = {}
         for name, fd in _inherited(os.environ if environment is None else environment):
             self._take(name, fd)
+        #: Whether the process before left anything that a front-end waits for.
+        self.succeeds = bool(self.sessions or self.states)
 
     def _take(self, name: str, fd: OwnedFd) -> None:
         if name.startswith(_SESSION):

@@ -18,9 +18,13 @@ _log = logging.getLogger("vhostbridge.trace")
 class Tracing:
     """Tracers exist all the time, so that a trace can begin and end while bridges run."""
 
-    def __init__(self, path: Path | None = None, limit: int = 0) -> None:
-        """Trace to ``path``, from ``with`` on; a file grows to ``limit`` bytes."""
+    def __init__(self, path: Path | None = None, limit: int = 0, *, required: bool = True) -> None:
+        """Trace to ``path``, from ``with`` on; a file grows to ``limit`` bytes.
+
+        One that can't be written is an error if it is ``required``, else a line in the log.
+        """
         self._wanted = (path, limit)
+        self._required = required
         self._tracers: dict[str, Tracer] = {}
         self._file: TraceFile | None = None
         self._handler = _LogEvents(self)
@@ -41,8 +45,13 @@ class Tracing:
         return bridge in self._tracers
 
     def __enter__(self) -> Self:
-        """Raises ``TargetError`` when the trace can't be written."""
-        self._begin()
+        """Raises ``TargetError`` when a trace that is required can't be written."""
+        try:
+            self._begin()
+        except TargetError as error:
+            if self._required:
+                raise
+            self._tell_failure(error)
         return self
 
     def __exit__(
@@ -62,7 +71,10 @@ class Tracing:
         try:
             self._begin()
         except TargetError as error:
-            _log.error("no trace is written: %s", error)
+            self._tell_failure(error)
+
+    def _tell_failure(self, error: TargetError) -> None:
+        _log.error("no trace is written: %s", error)
 
     def _begin(self) -> None:
         path, limit = self._wanted

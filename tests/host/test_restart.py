@@ -218,6 +218,43 @@ def test_front_end_goes_on_after_a_process_that_was_ended_before_it_was_ready(
     blkio.verify_file(disk.image, **options)
 
 
+def test_what_can_not_start_costs_front_ends_that_were_handed_over_nothing(
+    disk: StorageDaemon, manager: Manager, tmp_path: Path
+) -> None:
+    """Whoever restarts has written something into the file, with a mistake in all of it."""
+    options: dict[str, object] = {"size": SIZE, "state": tmp_path / "state", "seed": 41}
+    config, missing = tmp_path / "bridges.toml", tmp_path / "missing"
+    bridge = '[[bridge]]\nname = "{}"\nlisten = "{}"\nbackend = "vhost-user:{}"\n'
+    first = bridge.format("vm1", tmp_path / "vm.sock", disk.socket)
+    config.write_text(first)
+    daemon = manager.start("--config", config, "--no-control")
+    blkio.run(tmp_path / "vm.sock", "fill", **options)
+    with blkio.start(tmp_path / "vm.sock", "write-read", depth=8, seconds=3, **options) as client:
+        client.wait_for_output(blkio.RUNNING)
+        stop(daemon)
+        for name in ("control", "metrics", "trace"):
+            first = f'{name} = "{missing / name}"\n{first}'
+        config.write_text(first + bridge.format("vm2", missing / "vm2.sock", disk.socket))
+        daemon = manager.start("--config", config)
+        daemon.wait_for_output("taken over, pause ")
+        blkio.finish(client)
+    for text in ("vm2: not started: ", "control: not started: ", "metrics: not started: "):
+        assert text in daemon.output
+    assert "no trace is written: " in daemon.output
+    stop(daemon)
+    blkio.verify_file(disk.image, **options)
+
+
+def test_the_same_ends_a_start_where_none_were(
+    disk: StorageDaemon, manager: Manager, tmp_path: Path
+) -> None:
+    device: list[str | Path] = ["--name", "vm1", "--backend", f"vhost-user:{disk.socket}"]
+    place = "--listen", tmp_path / "missing" / "vm1.sock", "--no-control"
+    with manager.begin(*device, *place) as daemon:
+        assert daemon.wait() == 1
+        assert "missing" in daemon.output
+
+
 def test_socket_unit_starts_with_the_first_front_end(
     disk: StorageDaemon, manager: Manager, arguments: list[str | Path], tmp_path: Path
 ) -> None:

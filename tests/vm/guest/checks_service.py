@@ -193,6 +193,21 @@ def check_restart_is_a_pause() -> None:
         assert process() not in (0, before)
 
 
+def check_restart_with_a_mistake_waits_for_its_correction() -> None:
+    """What front-ends left is kept while the new daemon can't start, however often it is tried."""
+    system = machine()
+    system.systemctl("start", UNIT)
+    before, pid = CONFIG.read_text(), process()
+    with load():
+        CONFIG.write_text(f"{before}mistake")
+        system.systemctl("restart", UNIT, check=False)
+        wait_until(lambda: int(system.show(UNIT, "NRestarts")) > 1, timeout=60)
+        CONFIG.write_text(before)
+        wait_until(lambda: system.show(UNIT, "ActiveState") == "active", timeout=60)
+        assert process() not in (0, pid)
+    assert system.show(UNIT, "StartLimitIntervalUSec") == "0"
+
+
 def check_journal_has_fields() -> None:
     """By the daemon's own socket: of standard error systemd makes text without them."""
     system = machine()
