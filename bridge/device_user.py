@@ -8,7 +8,6 @@ DRIVER_OK, at the first kick, or when the front-end has fallen silent.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ import trio
 
 from vhostbridge.backends.device import Device
 from vhostbridge.backends.dirty_log import DirtyLog
-from vhostbridge.backends.errors import BridgeError, PeerError, TransportLost
+from vhostbridge.backends.errors import BridgeError, PeerError
 from vhostbridge.backends.guest import VringSetup, with_base
 from vhostbridge.backends.lifecycle import How, State
 from vhostbridge.backends.vhostuser.messages import ProtocolFeature
@@ -28,7 +27,6 @@ from .front_end import FrontEnd
 from .guest_commands import ask_for_kicks
 from .incoming import Incoming, Origin, arriving, compare_features
 from .memory import MemoryTable
-from .offer import check_features, check_protocol
 from .stand_in import StandIn
 from .vring import FrontendVring
 
@@ -37,10 +35,7 @@ if TYPE_CHECKING:
 
 
 class DeviceUser(FrontEnd):
-    """What a front-end has set up, and when its device follows.
-
-    The device may be moved, go away and be replaced under it.
-    """
+    """What a front-end has set up, and when its device follows."""
 
     def __init__(
         self,
@@ -92,28 +87,42 @@ class DeviceUser(FrontEnd):
         """Whether the front-end paused the device, by disabling every vring."""
         return self._paused and self.none_enabled
 
+    # A vring of the next driver is there, beside vrings of the one before: of those that libkrun's
+    # guest does not set up again nobody tells anything any more.
+    @property
+    def _begins_anew(self) -> bool:
+        return any(v.enabled and v.ready and not v.running for v in self.vrings.values())
+
     @property
     def _stands_still(self) -> bool:
-        return self.held or self.paused
+        return self.held or (self.paused and not self._begins_anew)
 
     @property
     def _out_of_step(self) -> bool:
         if self._stands_still or self.device.failed.is_set():
             return False
         if self.running and self.device.state is State.SUSPENDED:
-            return all(vring.regions(self.memory, self.packed) for vring in self.running)
+            return not self._memory_is_away
         return self.may_start and any(v.ready and not v.running for v in self.vrings.values())
+
+    # The device was suspended for that, and goes on when it is there again (``set_memory``).
+    @property
+    def _memory_is_away(self) -> bool:
+        if self.device.state is not State.SUSPENDED:
+            return False
+        return not all(vring.regions(self.memory, self.packed) for vring in self.running)
 
     async def apply(self) -> None:
         """Make the device run what the front-end has set up, unless it is to stand still: the
-        operator holds it, or the front-end paused it.
+        operator holds it, the front-end paused it, or a vring's memory is away.
 
         Raises:
             PeerError: it does not go on where the incoming state stopped.
             BridgeError: the device can't; it does not run.
         """
-        if self._stands_still:
+        if self._stands_still or self._memory_is_away:
             return
+        await self._stop_leftovers()
         may_start = self.may_start
         vrings = [v for v in self.vrings.values() if v.running or (v.ready and may_start)]
         if not vrings:
@@ -127,12 +136,17 @@ class DeviceUser(FrontEnd):
         if self.incoming is None and all(v.begins(self.packed) for v in vrings):
             self.device.new_driver()
         await self._run(features, setups)
-        self.incoming = None
+        self.incoming, self._paused = None, False
         for vring in vrings:
             vring.running, vring.base = True, None
         there = not isinstance(self.device, StandIn)
         what = "%s: running vrings %s" if there else "%s: vrings %s wait for the back-end"
         self.log.info(what, self.name, ", ".join(str(v.index) for v in vrings))
+
+    async def _stop_leftovers(self) -> None:
+        if self.paused:
+            for vring in self.running:
+                vring.stop(await self.device.stop_vring(vring.index), keep_call=True)
 
     # A device that holds no requests begins with what was not used.
     def _look_for_bases(self, vrings: list[FrontendVring]) -> None:
@@ -205,9 +219,10 @@ class DeviceUser(FrontEnd):
         """
         before, vring.enabled = vring.enabled, enabled
         ran = self.device.state is State.RUNNING and not isinstance(self.device, StandIn)
-        pauses = ran and vring.running and before and ProtocolFeature.STATUS not in self.protocol
+        pauses = vring.running and before and ProtocolFeature.STATUS not in self.protocol
         try:
             if pauses and self.none_enabled:
+                # Also where it stands still already, or is away: it must not go on by itself.
                 await self._stand_still()
                 self._paused = True
             elif vring.running:
@@ -217,114 +232,6 @@ class DeviceUser(FrontEnd):
             if ran and self._out_of_step:
                 await self.apply()
             raise
-
-    # Another device
-
-    # Put somebody in the place of a device that failed: whether that can be.
-    def _stand_in(self) -> bool:
-        if isinstance(self.device, StandIn):
-            return True
-        if not self.awaiting:
-            return False
-        lost = self.device
-        lost.on_config_change = lambda: None
-        ran = bool(self.running) and not self._stands_still
-        self.device = StandIn(lost, self.absence, self.memory.regions, running=ran)
-        self.use_inflight(self.inflight)
-        return True
-
-    @property
-    def awaiting(self) -> bool:
-        """Whether the device is gone and another one, from where it was, would do."""
-        if isinstance(self.device, StandIn):
-            return True
-        if not self.device.failed.is_set():
-            return False
-        absence = self.absence
-        known = self._stands_still
-        absence.notice(self.device, self.vrings.values(), self.memory.regions, held=known)
-        return known or absence.state is not None
-
-    # What fails because the device went away is done again when there is another one.
-    async def _recovering(self, work: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await work()
-        except BridgeError:
-            if isinstance(self.device, StandIn) or not self._stand_in():
-                raise
-
-    async def attach(self, device: Device) -> None:
-        """Go over to ``device``, which takes the place of one that failed (``awaiting``).
-
-        It goes on where the other one was, unless the operator holds it. One that has state of its
-        own is RESET, to be loaded before ``release``.
-
-        Raises:
-            BridgeError: it does not take the guest's memory, or the features in use.
-        """
-        if not self._stand_in():
-            raise TransportLost(f"the device failed: {self.device.failure}")
-        check_features(device, self.features)
-        check_protocol(device, self.protocol)
-        if self.device.hangs and not self.absence.look_again(self.memory.regions):
-            self.device.fail("it hung, and which requests it has done since is not known")
-            return
-        await device.set_memory(self.memory.regions)
-        self.absence.load(device)
-        try:
-            await self._follow(device)
-            if await self.absence.has_other_config(device):
-                self.config_changed.set()
-            await self._recovering(self.apply)
-        except BridgeError as error:
-            self.absence.stays(device)
-            device.fail(str(error))
-
-    async def go_on(self) -> None:
-        """Begin with what another process left (``handover``), on a device in the same state.
-
-        Raises:
-            BridgeError: the device does not run.
-        """
-        self.device.on_config_change = lambda: None
-        self.use_inflight(self.inflight)
-        await self.update_log(self.log_to)
-        self._paused = self.none_enabled and ProtocolFeature.STATUS not in self.protocol
-        if self._stands_still:
-            self.absence.state = await self.device.capture()
-        if await self.absence.has_other_config(self.device):
-            self.config_changed.set()
-        await self._recovering(self.apply)
-
-    async def move_to(self, device: Device) -> None:
-        """Go over to ``device``, which was loaded with the state of the suspended one before it.
-
-        Raises:
-            BridgeError: it does not run; it is this session's device nevertheless.
-        """
-        given = self.absence.copy
-        if given is not None and given.device is self.device:
-            given.device = device
-        await self._follow(device)
-        if self._stands_still:
-            self.absence.state = await device.capture()
-        await self.apply()
-
-    def belong_to(self, device: Device) -> None:
-        """Have ``device`` for this session's, whatever became of it."""
-        self.device.on_config_change = lambda: None
-        self.device = device
-        self._listen_to_device()
-        self._replaced.set()
-        self._replaced = trio.Event()
-
-    async def _follow(self, device: Device) -> None:
-        self.belong_to(device)
-        self.use_inflight(self.inflight)
-        await self.update_log(self.log_to)
-
-    def _listen_to_device(self) -> None:
-        self.device.on_config_change = lambda: self.config_changed.set()
 
     # What else the device has to know
 

@@ -20,10 +20,10 @@ from vhostbridge.backends.vhostuser.messages import BackendRequest, ProtocolFeat
 
 from .config import OnDisconnect
 from .departure import clear_device
-from .device_user import DeviceUser
 from .dispatch import Handler, dispatch
 from .incoming import Incoming
 from .quiet import either, message_comes_first
+from .replacing import ReplacingUser
 from .stand_in import StandIn
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ PATIENCE = 5.0
 HALF = 1.0
 
 
-class Session(DeviceUser):
+class Session(ReplacingUser):
     """Serves one connected front-end until it leaves.
 
-    The message handlers are in ``handlers``; what they change is in ``DeviceUser``.
+    The message handlers are in ``handlers``; what they change in ``DeviceUser``.
     """
 
     def __init__(

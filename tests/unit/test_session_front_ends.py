@@ -34,7 +34,6 @@ from tests.unit.frontend import (
     table,
 )
 from tests.unit.test_session_device_state import offer_state, save
-from vhostbridge.backends.errors import Unsupported
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.messages import Request as R
 
@@ -113,29 +112,6 @@ async def test_queues_of_a_network_device_are_told_as_the_front_end_counts_them(
             async with connected(FakeDevice(info)) as vm:
                 await vm.send(R.SET_PROTOCOL_FEATURES, u64(protocol))
                 assert await vm.ask(R.GET_QUEUE_NUM) == u64(queues)
-
-
-async def test_cloud_hypervisor_pauses_by_disabling(autojump_clock: MockClock) -> None:
-    async with connected() as vm:
-        await vm.start(0, 1)
-        vm.need_reply = True
-        await vm.enable(0, 1, on=0)
-        assert vm.device.take_calls()[:2] == [("set_enabled", 0, False), ("suspend",)]
-        await vm.settle()
-        assert vm.device.state is State.SUSPENDED
-        await vm.enable(0, 1)
-        await vm.settle()
-        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, None), (1, None))
-
-
-async def test_pause_that_fails_leaves_the_device_running(autojump_clock: MockClock) -> None:
-    async with connected() as vm:
-        await vm.start(0, 1)
-        vm.device.refuse["suspend"] = Unsupported("no")
-        await vm.ack(R.SET_VRING_ENABLE, state(0, 0))
-        await vm.nack(R.SET_VRING_ENABLE, state(1, 0))
-        await vm.settle()
-        assert vm.device.state is State.RUNNING and vm.session.vrings[1].enabled
 
 
 async def test_cloud_hypervisor_resets_ring_by_ring(autojump_clock: MockClock) -> None:
