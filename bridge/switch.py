@@ -121,6 +121,11 @@ async def _go_back(
     await new.aclose()
     if session is None:
         return
+    if old.state is State.FAILED:
+        # A third one goes on where the other one came to.
+        old.at_rest = old.at_rest and not _moved(old, regions)
+        session.belong_to(old)
+        return
     try:
         if old.state is State.SUSPENDED and _moved(old, regions):
             state = last_state(old, list(old.vrings), regions)

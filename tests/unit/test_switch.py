@@ -78,15 +78,18 @@ class Broken(FakeDevice):
 
 
 @pytest.mark.parametrize("always", [False, True])
-async def test_front_end_is_cut_off_when_requests_are_in_doubt(*, always: bool) -> None:
+@pytest.mark.parametrize("gone", [False, True], ids=["there", "gone"])
+async def test_front_end_is_cut_off_when_requests_are_in_doubt(*, always: bool, gone: bool) -> None:
     """It was left with the new device, which is closed, and waited for ever. Nor does a device that
-    comes after all begin where the first one stood still."""
+    comes after all begin where the first one stood still, be that gone too by then."""
     old = ShadowDevice(first := FakeDevice(), always=always)
 
     def use_one_of_two() -> None:
         at = 0x10000
         os.pwrite(vm.memory.fileno(), struct.pack("<HHHH", 0, 2, 0, 1), at + 0x1000)
         os.pwrite(vm.memory.fileno(), struct.pack("<HHII", 0, 1, 1, 0), at + 0x2000)
+        if gone:
+            old.fail("it is gone too")
 
     async with connected(cast(FakeDevice, old)) as vm:
         await vm.set_up(protocol=OFFER & ~PF.STATUS)
@@ -96,6 +99,6 @@ async def test_front_end_is_cut_off_when_requests_are_in_doubt(*, always: bool) 
         new = ShadowDevice(Broken(use_one_of_two))
         with pytest.raises(PeerError, match="refused vring 1"):
             await switch(old, new, vm.session, SwitchReport())
-        assert "are in doubt" in str(await vm.lost())
+        assert ("is gone too" if gone else "are in doubt") in str(await vm.lost())
         vm.device = first
     await old.aclose()
