@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -28,6 +29,13 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     """Median, and least and greatest, as text."""
     middle = statistics.median(values)
     return f"{middle:.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def distribution(seconds: Sequence[float], digits: int = 2) -> list[str]:
+    """Median, 99th percentile and greatest, in ms; below 100 values the last two are one."""
+    ordered = sorted(one * 1e3 for one in seconds)
+    p99 = ordered[math.ceil(len(ordered) * 0.99) - 1]
+    return [f"{one:.{digits}f}" for one in (statistics.median(ordered), p99, ordered[-1])]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

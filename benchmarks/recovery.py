@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +23,7 @@ from tests.peers.storage import StorageDaemon, make_image
 from tests.vm.guest.frontend import Frontend
 from tests.vm.guest.survivor import BLOCKS, IN, Driver, connect
 
-from .measure import table
+from .measure import distribution, table
 
 ROUNDS = 20
 MOVES = 100
@@ -170,9 +169,8 @@ def _rows(ways: dict[str, Callable[[Path], Iterable[float]]]) -> Iterator[list[s
     for title, way in ways.items():
         # In memory: a disk's own pauses are longer than most of these.
         with tempfile.TemporaryDirectory(prefix="vb-bench-", dir="/dev/shm") as name:
-            took = sorted(way(Path(name)))
-        values = statistics.median(took), took[int(len(took) * 0.99) - 1], took[-1]
-        yield [title, *(f"{value:.1f}" for value in values)]
+            took = [one / 1e3 for one in way(Path(name))]
+        yield [title, *distribution(took, 1)]
 
 
 def measure() -> Iterator[tuple[str, str]]:

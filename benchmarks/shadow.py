@@ -6,7 +6,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.peers import blkio
@@ -18,19 +18,12 @@ from tests.vm.guest.memory import Memory
 from tests.vm.guest.vring import SplitRing
 
 from .host import BRIDGE, DISK, client, running, storage_daemon
-from .measure import processor_seconds, spread, table
+from .measure import distribution, processor_seconds, spread, table
 
 ROUNDS = 7
 SECONDS = 1.0
 TOGGLES = 200
 LOADS = ((1, 1), (32, 1), (128, 1), (1, 2), (32, 2), (32, 4))  # requests at once, and queues
-
-
-def distribution(seconds: Sequence[float]) -> list[str]:
-    """Median, p99 and maximum in milliseconds."""
-    ordered = sorted(one * 1000 for one in seconds)
-    p99 = ordered[int(len(ordered) * 0.99) - 1]
-    return [f"{one:.2f}" for one in (statistics.median(ordered), p99, ordered[-1])]
 
 
 def cost(folder: Path) -> str:

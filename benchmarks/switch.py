@@ -13,7 +13,7 @@ from tests.rig.product import build_wheel
 from tests.rig.vm import Vm
 from tests.vm.checks import GuestChecks
 
-from .measure import table
+from .measure import distribution, table
 
 ROUNDS = 50
 PARTS = ("suspend", "state", "resume")
@@ -24,19 +24,12 @@ def whole(found: Sequence[dict[str, float]]) -> list[float]:
     return [sum(one[part] for part in PARTS) for one in found]
 
 
-def three(values: Sequence[float]) -> list[str]:
-    """Median, 99th percentile and greatest, in ms."""
-    ordered = sorted(values)
-    chosen = statistics.median(ordered), ordered[int(len(ordered) * 0.99) - 1], ordered[-1]
-    return [f"{value * 1e3:.1f}" for value in chosen]
-
-
 def seen(pauses: dict[str, Any]) -> Iterator[list[str]]:
     """The pause as the client sees it, beside what it sees without."""
     for direction, found in pauses["moves"].items():
         here = direction.partition(" to ")[0]
         still = statistics.median(pauses["still"][here])
-        yield [direction, *three([one["seen"] for one in found]), f"{still * 1e3:.1f}"]
+        yield [direction, *distribution([one["seen"] for one in found], 1), f"{still * 1e3:.1f}"]
 
 
 def told(pauses: dict[str, Any]) -> Iterator[list[str]]:
@@ -48,7 +41,7 @@ def told(pauses: dict[str, Any]) -> Iterator[list[str]]:
         yield [
             direction,
             *(f"{value * 1e3:.1f}" for value in medians),
-            *three(all_of_it),
+            *distribution(all_of_it, 1),
             f"{statistics.median(ours) * 1e3:.1f}",
         ]
 
