@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.peers import blkio
@@ -20,15 +22,72 @@ from tests.vm.guest.vring import SplitRing
 from .host import BRIDGE, DISK, client, running, storage_daemon
 from .measure import distribution, processor_seconds, spread, table
 
-ROUNDS = 7
+ROUNDS = 5
 SECONDS = 1.0
+SETTLE = 0.05  # after a client has left, seconds until its processor time is all counted
 TOGGLES = 200
-LOADS = ((1, 1), (32, 1), (128, 1), (1, 2), (32, 2), (32, 4))  # requests at once, and queues
+DEPTHS, QUEUES = (1, 32, 128), (1, 2, 3, 4)  # requests at once on each queue
+COST = "Shadow vrings: libblkio and qemu-storage-daemon, no disk; depth is of each queue"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run of the client told, and the processor time of others, in µs a request."""
+
+    iops: float
+    mean: float
+    p99: float
+    daemon: float
+    together: float  # daemon and back-end
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A bridge's socket, and the processes that work for a client there."""
+
+    socket: Path
+    daemon: int
+    back_end: int
+
+    def run(self, *options: str) -> Run:
+        """Read at random for a while."""
+        before = self._used()
+        told = client(build_peer("blkio_verify"), self.socket, "randread", *options)
+        time.sleep(SETTLE)
+        daemon, back_end = (
+            (now - then) / told["reads"] * 1e6
+            for now, then in zip(self._used(), before, strict=True)
+        )
+        mean, p99 = (told[name] / 1e3 for name in ("mean_ns", "p99_ns"))
+        return Run(told["iops"], mean, p99, daemon, daemon + back_end)
+
+    def _used(self) -> tuple[float, float]:
+        return processor_seconds(self.daemon), processor_seconds(self.back_end)
+
+
+def in_turn(direct: Way, shadow: Way, *options: str) -> Iterator[tuple[Run, Run]]:
+    """Run both, again and again, the first one first or last."""
+    for number in range(ROUNDS):
+        if number % 2:
+            yield direct.run(*options), shadow.run(*options)
+        else:
+            late = shadow.run(*options)
+            yield direct.run(*options), late
+
+
+def middles(runs: Sequence[tuple[Run, Run]]) -> list[str]:
+    """The columns that are no ratios."""
+
+    def both(name: str) -> list[float]:
+        return [statistics.median(getattr(run[way], name) for run in runs) for way in (0, 1)]
+
+    latency = [f"{value:,.1f}" for name in ("mean", "p99") for value in both(name)]
+    used = [*both("together"), both("daemon")[1]]
+    return [f"{both('iops')[1]:,.0f}", *latency, *(f"{value:.2f}" for value in used)]
 
 
 def cost(folder: Path) -> str:
-    """IOPS and latency through shadow vrings over those of the direct path, alternating."""
-    binary = build_peer("blkio_verify")
+    """Shadow vrings over the direct path, in turn: IOPS, latency, and processor time."""
     behind = [folder / "behind0", folder / "behind1"]
     front = [folder / "direct", folder / "shadowed"]
     log = [folder / "direct.log", folder / "shadowed.log"]
@@ -36,33 +95,26 @@ def cost(folder: Path) -> str:
     for words, listen, target in zip(argv, front, behind, strict=True):
         words += ["--listen", str(listen), "--backend", f"vhost-user:{target}"]
     argv[1].append("--shadow")
+    storage = storage_daemon(folder, behind, None, queues=max(QUEUES))
     rows = []
     with (
-        running(storage_daemon(folder, behind, None, queues=4), behind[1], folder / "qsd.log"),
-        running(argv[0], front[0], log[0]),
-        running(argv[1], front[1], log[1]) as daemon,
+        running(storage, behind[1], folder / "qsd.log") as disk,
+        running(argv[0], front[0], log[0]) as one,
+        running(argv[1], front[1], log[1]) as two,
     ):
-        for depth, queues in LOADS:
+        direct, shadow = Way(front[0], one.pid, disk.pid), Way(front[1], two.pid, disk.pid)
+        for depth, queues in itertools.product(DEPTHS, QUEUES):
             options = ["--depth", str(depth), "--queues", str(queues)]
             options += ["--seconds", f"{SECONDS:g}", "--size", str(DISK)]
-            pairs, busy = [], []
-            for number in range(ROUNDS):
-                result = {}
-                for which in (0, 1) if number % 2 else (1, 0):
-                    before = processor_seconds(daemon.pid)
-                    result[which] = client(binary, front[which], "randread", *options)
-                    if which:
-                        used = processor_seconds(daemon.pid) - before
-                        busy.append(used / (result[which]["iops"] * SECONDS) * 1e6)
-                pairs.append((result[1], result[0]))
-            iops = [shadow["iops"] / direct["iops"] for shadow, direct in pairs]
-            mean = [shadow["mean_ns"] / direct["mean_ns"] for shadow, direct in pairs]
-            absolute = statistics.median(shadow["iops"] for shadow, _ in pairs)
-            cells = [spread(iops), spread(mean), f"{absolute:,.0f}", spread(busy, 1)]
+            runs = list(in_turn(direct, shadow, *options))
+            iops = [b.iops / a.iops for a, b in runs]
+            mean = [b.mean / a.mean for a, b in runs]
             many = f", {queues} queues" if queues > 1 else ""
-            rows.append([f"randread QD{depth}{many}", *cells])
+            rows.append([f"randread QD{depth}{many}", spread(iops), spread(mean), *middles(runs)])
     head = ["4 KiB", "IOPS, shadow / direct", "mean latency, shadow / direct", "IOPS, shadow"]
-    return table([*head, "daemon's µs of processor a request"], rows)
+    head += [f"{what}, µs, {way}" for what in ("mean", "p99") for way in ("direct", "shadow")]
+    head += [f"daemon and back-end, µs a request, {way}" for way in ("direct", "shadow")]
+    return table([*head, "daemon alone, shadow"], rows)
 
 
 def toggling(folder: Path) -> str:
@@ -125,6 +177,6 @@ def measure() -> Iterator[tuple[str, str]]:
     """Titles and tables, as they come."""
     with tempfile.TemporaryDirectory(prefix="vhost-bridge-bench-") as name:
         folder = Path(name)
-        yield "Shadow vrings: libblkio and qemu-storage-daemon, no disk", cost(folder)
+        yield f"{COST} ({ROUNDS} rounds of {SECONDS:g} s)", cost(folder)
         yield "Entering and leaving shadow vrings", toggling(folder)
         yield "Switching between two storage daemons", switches(folder)
