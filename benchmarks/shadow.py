@@ -15,17 +15,15 @@ from tests.peers import blkio
 from tests.peers.bridge import Bridge
 from tests.peers.build import build_peer
 from tests.peers.storage import StorageDaemon, make_image
-from tests.vm.guest.frontend import ALL, LOG_SHMFD, VERSION_1, Frontend
-from tests.vm.guest.memory import Memory
-from tests.vm.guest.vring import SplitRing
 
+from . import toggle
 from .host import BRIDGE, DISK, client, running, storage_daemon
 from .measure import distribution, processor_seconds, spread, table
 
 ROUNDS = 5
 SECONDS = 1.0
 SETTLE = 0.05  # after a client has left, seconds until its processor time is all counted
-TOGGLES = 200
+SWITCHES = 200
 DEPTHS, QUEUES = (1, 32, 128), (1, 2, 3, 4)  # requests at once on each queue
 COST = "Shadow vrings: libblkio and qemu-storage-daemon, no disk; depth is of each queue"
 
@@ -117,35 +115,6 @@ def cost(folder: Path) -> str:
     return table([*head, "daemon alone, shadow"], rows)
 
 
-def toggling(folder: Path) -> str:
-    """SET_FEATURES with and without LOG_ALL, from the message to its acknowledgement."""
-    times: dict[bool, list[float]] = {True: [], False: []}
-    image = make_image(folder / "image")
-    memory = Memory()
-    with (
-        StorageDaemon(image, folder / "disk.sock") as disk,
-        Bridge(
-            f"vhost-user:{disk.socket}",
-            listen=folder / "vm.sock",
-            arguments=["--dirty-log", "shadow"],
-        ) as bridge,
-        Frontend(str(bridge.listen)) as frontend,
-    ):
-        frontend.negotiate(VERSION_1, ALL | LOG_SHMFD)
-        frontend.set_memory([memory])
-        frontend.start([SplitRing(memory)])
-        size = (memory.guest + memory.size) // 4096 // 8
-        with tempfile.TemporaryFile() as log:
-            log.truncate(size)
-            frontend.log_to(log.fileno(), size)
-            for number in range(2 * TOGGLES):
-                began = time.perf_counter()
-                frontend.log_writes(number % 2 == 0)
-                times[number % 2 == 0].append(time.perf_counter() - began)
-    rows = [["enter", *distribution(times[True])], ["leave", *distribution(times[False])]]
-    return table(["ms", "median", "p99", "max"], rows)
-
-
 def switches(folder: Path) -> str:
     """The parts of the pause, under a random load of reads and writes."""
     image = make_image(folder / "moving")
@@ -160,7 +129,7 @@ def switches(folder: Path) -> str:
         with blkio.start(bridge.listen, "write-read", depth=8, seconds=600, **options) as load:
             load.wait_for_output(blkio.RUNNING)
             target = two
-            for _ in range(TOGGLES):
+            for _ in range(SWITCHES):
                 done = bridge.command("switch", f"vhost-user:{target.socket}", "-j", check=False)
                 if done.returncode == 0:
                     report = json.loads(done.stdout)
@@ -178,5 +147,5 @@ def measure() -> Iterator[tuple[str, str]]:
     with tempfile.TemporaryDirectory(prefix="vhost-bridge-bench-") as name:
         folder = Path(name)
         yield f"{COST} ({ROUNDS} rounds of {SECONDS:g} s)", cost(folder)
-        yield "Entering and leaving shadow vrings", toggling(folder)
-        yield "Switching between two storage daemons", switches(folder)
+        yield toggle.TITLE, toggle.toggling(folder)
+        yield "Switching between two storage daemons, under load", switches(folder)
