@@ -71,7 +71,7 @@ def move(pauses: Pauses, name: str, targets: Sequence[str], rounds: int, around:
     for number in range(rounds * len(targets)):
         here, there = (targets[(number + step) % len(targets)] for step in (0, 1))
         kind = kind_of(here)
-        if number // len(targets) % 2:
+        if number // len(targets) % 2 == 0:
             pauses.still.setdefault(kind, []).append(around(lambda: None))
         seen = around(functools.partial(go, there))
         report = reports.pop()

@@ -28,22 +28,27 @@ def seen(pauses: dict[str, Any]) -> Iterator[list[str]]:
     """The pause as the client sees it, beside what it sees without."""
     for direction, found in pauses["moves"].items():
         here = direction.partition(" to ")[0]
-        still = statistics.median(pauses["still"][here])
-        yield [direction, *distribution([one["seen"] for one in found], 1), f"{still * 1e3:.1f}"]
+        still = middle(pauses["still"][here])
+        yield [direction, *distribution([one["seen"] for one in found], 1), still]
 
 
 def told(pauses: dict[str, Any]) -> Iterator[list[str]]:
     """The pause as the daemon tells it, in its parts, and how much of it is ours."""
     for direction, found in pauses["moves"].items():
-        medians = [statistics.median(one[part] for one in found) for part in PARTS]
         all_of_it = whole(found)
         ours = [pause - one["waited"] for pause, one in zip(all_of_it, found, strict=True)]
         yield [
             direction,
-            *(f"{value * 1e3:.1f}" for value in medians),
+            *(middle([one[part] for one in found]) for part in PARTS),
             *distribution(all_of_it, 1),
-            f"{statistics.median(ours) * 1e3:.1f}",
+            middle([one["waited"] for one in found]),
+            *distribution(ours, 1),
         ]
+
+
+def middle(seconds: Sequence[float]) -> str:
+    """The median, in ms."""
+    return f"{statistics.median(seconds) * 1e3:.1f}"
 
 
 def measure() -> Iterator[tuple[str, str]]:
@@ -63,7 +68,8 @@ def measure() -> Iterator[tuple[str, str]]:
         table(["ms", "median", "p99", "max", "without a switch, median"], list(seen(pauses))),
     )
     head = ["ms", *(f"{part}, median" for part in PARTS), "pause, median", "p99", "max"]
+    head += ["devices' part, median", "our own part, median", "p99", "max"]
     yield (
         f"What the daemon tells of its pause, {where}",
-        table([*head, "our own part, median"], list(told(pauses))),
+        table(head, list(told(pauses))),
     )
