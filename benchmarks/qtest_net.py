@@ -7,6 +7,7 @@ vdpa_sim_net, which gives back every frame that is sent. ``benchmarks.svq`` runs
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import os
@@ -189,8 +190,11 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
-def pace(netdev: list[str], pids: list[int], depth: int, seconds: float) -> dict[str, float]:
-    """Frames a second, and processor time a frame of QEMU and of the processes ``pids``."""
+def pace(netdev: list[str], pids: list[int], depth: int, seconds: float) -> dict[str, Any]:
+    """Frames a second, and processor time a frame of QEMU and of the processes ``pids``.
+
+    ``took`` is how many seconds each exchange of ``depth`` frames took.
+    """
     with Qemu("pace", netdev) as qemu:
         driver = Driver(qemu)
         driver.start()
@@ -198,16 +202,17 @@ def pace(netdev: list[str], pids: list[int], depth: int, seconds: float) -> dict
             driver.exchange(depth)
         watched = [qemu.process.pid, *pids]
         before = sum(map(processor_seconds, watched))
-        began, frames = time.monotonic(), 0
-        while time.monotonic() < began + seconds:
+        times = [time.monotonic()]
+        while times[-1] < times[0] + seconds:
             driver.exchange(depth)
-            frames += depth
-        took = time.monotonic() - began
+            times.append(time.monotonic())
         used = sum(map(processor_seconds, watched)) - before
         driver.check()
         qemu.execute("quit")
         qemu.process.wait(20)
-    return {"pace": frames / took, "processor": used / frames}
+    took = [round(end - start, 6) for start, end in itertools.pairwise(times)]
+    frames = len(took) * depth
+    return {"pace": frames / sum(took), "processor": used / frames, "took": took}
 
 
 def downtime(source: list[str], destination: list[str]) -> float:

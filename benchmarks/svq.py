@@ -9,7 +9,7 @@ import json
 import shutil
 import signal
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,16 @@ from tests.rig.product import build_wheel
 from tests.rig.vm import Vm
 
 from . import qtest_net
-from .measure import spread, table
+from .measure import distribution, spread, table
 
 ROUNDS = 7
 SECONDS = 2.0
 DEPTHS = (1, 32, 128)
 MIGRATIONS = 7
 SCRIPT = Path(qtest_net.__file__)
+
+#: What ``qtest_net`` told of ours and of QEMU's, round by round.
+Pairs = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +67,41 @@ def bridged(vm: Vm, device: str, *options: str) -> Iterator[Way]:
     job.wait(30)
 
 
-def compare(vm: Vm, theirs: Way, ours: Way) -> str:
-    """Our frames a second and processor time a frame over theirs, in turn."""
+def in_turn(vm: Vm, ours: Way, theirs: Way, depth: int) -> Pairs:
+    """What both told, again and again, ours first or last."""
+    pairs = []
+    for number in range(ROUNDS):
+        order = [theirs, ours] if number % 2 else [ours, theirs]
+        took = [script(vm, "pace", way.netdev, way.daemons, depth, SECONDS) for way in order]
+        pairs.append((took[0], took[1]) if order[0] is ours else (took[1], took[0]))
+    return pairs
+
+
+def compare(found: Mapping[int, Pairs]) -> str:
+    """Our frames a second and processor time a frame over theirs, and both."""
     rows = []
-    for depth in DEPTHS:
-        pairs = []
-        for number in range(ROUNDS):
-            order = [theirs, ours] if number % 2 else [ours, theirs]
-            took = [script(vm, "pace", way.netdev, way.daemons, depth, SECONDS) for way in order]
-            pairs.append(took if order[0] is ours else took[::-1])
-        ratio = {key: [a[key] / b[key] for a, b in pairs] for key in ("pace", "processor")}
-        absolute = [
-            statistics.median(one["pace"] for one in side) for side in zip(*pairs, strict=True)
-        ]
-        cells = [f"{value:,.0f}" for value in absolute]
-        rows.append([str(depth), spread(ratio["pace"]), spread(ratio["processor"]), *cells])
+    for depth, pairs in found.items():
+        ratio = {key: spread([a[key] / b[key] for a, b in pairs]) for key in ("pace", "processor")}
+        cells = [f"{value:,.0f}" for value in medians(pairs, "pace")]
+        cells += [f"{value * 1e6:,.0f}" for value in medians(pairs, "processor")]
+        rows.append([str(depth), ratio["pace"], ratio["processor"], *cells])
     head = ["frames at once", "frames/s, ours / QEMU's", "processor time a frame, ours / QEMU's"]
-    return table([*head, "frames/s, ours", "QEMU's"], rows)
+    head += ["frames/s, ours", "QEMU's", "µs of processor a frame, ours", "QEMU's"]
+    return table(head, rows)
+
+
+def medians(pairs: Pairs, key: str) -> list[float]:
+    """Ours and QEMU's."""
+    return [statistics.median(pair[way][key] for pair in pairs) for way in (0, 1)]
+
+
+def alone(pairs: Pairs) -> str:
+    """How long one frame takes when no other is on its way."""
+    rows = []
+    for way, name in enumerate(("ours", "QEMU's")):
+        took = [one for pair in pairs for one in pair[way]["took"]]
+        rows.append([name, str(len(took)), *distribution(took)])
+    return table(["shadow vrings", "frames", "ms for one, median", "p99", "max"], rows)
 
 
 def downtimes(vm: Vm) -> str:
@@ -102,6 +123,9 @@ def measure() -> Iterator[tuple[str, str]]:
         for name in ("net0", "net1"):
             vm.run(f"vdpa dev add name {name} mgmtdev vdpasim_net mac 52:54:00:11:22:33")
         with bridged(vm, "net1", "--shadow") as ours:
-            title = "Shadow vrings beside QEMU's: vdpa_sim_net (emulated machine)"
-            yield title, compare(vm, own(vm, "net0", svq=True), ours)
+            theirs = own(vm, "net0", svq=True)
+            found = {depth: in_turn(vm, ours, theirs, depth) for depth in DEPTHS}
+        where = "vdpa_sim_net (emulated machine)"
+        yield f"Shadow vrings beside QEMU's: {where}", compare(found)
+        yield f"One frame there and back, alone: {where}", alone(found[1])
         yield "Downtime over vdpa_sim_net (emulated machine)", downtimes(vm)
