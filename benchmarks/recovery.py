@@ -27,7 +27,7 @@ from tests.vm.guest.survivor import BLOCKS, IN, OUT, Driver, connect
 
 from .measure import distribution, table
 
-ROUNDS = 100
+ROUNDS = 50
 HANGS = 3  # of more than 10 s each
 MOVES = 100
 LOAD: dict[str, object] = {"size": 4 << 20, "depth": 8, "seed": 1}
