@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vhostbridge.backends.errors import BridgeError, PeerError, StateError
-from vhostbridge.backends.fds import new_eventfd
 
 from .recovery import last_state, moved_on
 from .shadow import ShadowDevice
@@ -172,13 +171,12 @@ class Absence:
         # Until these are settled, or belong to a device, they touch neither. Nor eventfds: some of
         # what a front-end set up once is closed by now.
         silent = [replace(vring, kick=None, call=None, err=None) for vring in vrings]
-        memory, broken = GuestMap(), new_eventfd()
+        memory = GuestMap()
         try:
             memory.update(regions)
-            self._in_flight = ShadowRings(features, silent, memory, 0, broken, buffer)
+            self._in_flight = ShadowRings(features, silent, memory, 0, None, buffer)
         finally:
             memory.close()
-            broken.close()
 
     def settle(self, *, leave: bool = False) -> Mapping[int, int]:
         """Count requests in flight as not fetched; where each vring is then, if there are any.

@@ -200,6 +200,8 @@ class Passage:
         rings, self.rings = self.rings, None
         if rings is not None:
             rings.stop()
+            # They may outlive us.
+            rings.mute()
             self._journal.traffic.end(rings)
         return rings
 
@@ -215,6 +217,8 @@ class Passage:
     def give_back(self) -> ShadowRings | None:
         """What ``take_over`` was given, if the device did not get to run with it."""
         rings, self._inherited = self._inherited, None
+        if rings is not None:
+            rings.mute()
         return rings
 
     async def watch(self) -> None:

@@ -105,8 +105,8 @@ class ShadowRings:
     """Shadow vrings, made stopped. Blocking; one thread at a time.
 
     ``region`` is memory that the device needs besides the guest's, ``setups`` are its vrings.
-    ``broken`` is signalled when a vring breaks. ``inflight`` is where requests in flight are
-    noted; what it has already comes first.
+    ``broken`` is signalled when a vring breaks, and must stay open until ``mute``. ``inflight`` is
+    where requests in flight are noted; what it has already comes first.
 
     Raises:
         PeerError: on construction, when ``inflight`` is not a buffer of these vrings.
@@ -119,12 +119,11 @@ class ShadowRings:
         vrings: Sequence[VringSetup],
         memory: GuestMap,
         iova: int,
-        broken: OwnedFd,
+        broken: OwnedFd | None,
         inflight: InflightBuffer | None = None,
     ) -> None:
         self.features = features & ~_NOT_FOR_DEVICE
         self._packed = bool(features & TransportFeature.RING_PACKED.mask)
-        self._broken = broken
         self._vrings: dict[int, _Vring] = {}
         self._size = memory_size(features, vrings)
         fd = OwnedFd(os.memfd_create("shadow-vrings", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
@@ -143,13 +142,20 @@ class ShadowRings:
         offset = 0
         try:
             for vring in vrings:
-                offset += self._add(features, vring, offset, memory)
+                offset += self._add(features, vring, offset, memory, broken)
         except BaseException:
             self.close()
             raise
 
     # Returns the bytes that it takes.
-    def _add(self, features: int, vring: VringSetup, offset: int, memory: GuestMap) -> int:
+    def _add(
+        self,
+        features: int,
+        vring: VringSetup,
+        offset: int,
+        memory: GuestMap,
+        broken: OwnedFd | None,
+    ) -> int:
         slots, pool, layout = _plan(features, vring)
         inflight, entries = self._inflight_region(vring)
         kick, call = eventfds = new_eventfd(), new_eventfd()
@@ -174,7 +180,7 @@ class ShadowRings:
                 "call": _number(vring.call),
                 "device_kick": kick.fileno(),
                 "device_call": call.fileno(),
-                "broken": self._broken.fileno(),
+                "broken": _number(broken),
             },
         )
         handle = lib.vb_shadow_new(setup, table, len(table))
@@ -229,7 +235,6 @@ class ShadowRings:
             raise Unsupported("vrings with requests in flight can't change")
         if not self.set_memory(memory):
             raise Unsupported("vrings with requests in flight are not in guest memory any more")
-        self._broken = broken
         moved = iova - self.region.guest_address
         self.region = replace(self.region, guest_address=iova)
         for vring in vrings:
@@ -277,6 +282,11 @@ class ShadowRings:
         """End the threads, after giving back what the device, which stands still, completed."""
         for vring in self._vrings.values():
             lib.vb_shadow_stop(vring.handle)
+
+    def mute(self) -> None:
+        """After ``stop``: nobody is told of a vring that breaks, until ``renew``."""
+        for vring in self._vrings.values():
+            lib.vb_shadow_mute(vring.handle)
 
     def settle(self, *, leave: bool = False) -> None:
         """After ``stop``: write down where each vring of the guest goes on.

@@ -313,6 +313,11 @@ void vb_shadow_renew(struct vb_shadow *shadow, uint64_t iova, int broken)
 	device_ring_renew(&shadow->device, iova);
 }
 
+void vb_shadow_mute(struct vb_shadow *shadow)
+{
+	shadow->setup.broken = -1;
+}
+
 int64_t vb_shadow_set_memory(struct vb_shadow *shadow, const struct vb_region *regions, size_t count)
 {
 	struct vb_region *copy = copy_regions(regions, count), *old = NULL;

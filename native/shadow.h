@@ -94,6 +94,8 @@ uint32_t vb_inflight_entries(uint64_t bytes, int packed);
 /* After stop, when the device is gone: another one begins at the start of its vring, which lies at
  * iova now, with all that is in flight, in the order fetched. broken: as in the setup. */
 void vb_shadow_renew(struct vb_shadow *shadow, uint64_t iova, int broken);
+/* After stop: should the vring break nothing is signalled, until renew. */
+void vb_shadow_mute(struct vb_shadow *shadow);
 
 /* -EFAULT: the vring is not in this memory; nothing changed. */
 int64_t vb_shadow_set_memory(struct vb_shadow *shadow, const struct vb_region *regions,

@@ -7,19 +7,23 @@ import mmap
 import os
 import select
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 
 import pytest
 
+from tests.unit.fakes import FakeDevice, eventfd, signals
 from tests.unit.states import BLOCK, vring
 from vhostbridge.backends.errors import PeerError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, new_eventfd
 from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.state import DeviceState
+from vhostbridge.bridge.absence import Absence
+from vhostbridge.bridge.shadow import ShadowDevice
 from vhostbridge.bridge.shadow_rings import GuestMap, ShadowRings
+from vhostbridge.bridge.tracking import Tracking
 from vhostbridge.native import lib
 
 PAGE, SIZE = 4096, 8
@@ -50,16 +54,21 @@ class Guest:
         self.broken = new_eventfd()
         self.kick = new_eventfd()
 
+    @property
+    def region(self) -> MemoryRegion:
+        status = os.fstat(self.fd.fileno())
+        return MemoryRegion(0, PAGE, self.fd, 0, (status.st_dev, status.st_ino, 0))
+
+    def vring(self, base: int) -> VringSetup:
+        return VringSetup(0, SIZE, 0, AVAILABLE, USED, base, self.kick, None, None, enabled=True)
+
     @contextmanager
     def shadowed(self, base: int) -> Iterator[ShadowRings]:
         """Shadow vrings of a process that lives as long as the block."""
-        status = os.fstat(self.fd.fileno())
-        region = MemoryRegion(0, PAGE, self.fd, 0, (status.st_dev, status.st_ino, 0))
-        memory = GuestMap()
-        memory.update([region])
-        vring = VringSetup(0, SIZE, 0, AVAILABLE, USED, base, self.kick, None, None, enabled=True)
+        memory, vrings = GuestMap(), [self.vring(base)]
+        memory.update([self.region])
         try:
-            rings = ShadowRings(self.features, [vring], memory, 1 << 32, self.broken, self.buffer)
+            rings = ShadowRings(self.features, vrings, memory, 1 << 32, self.broken, self.buffer)
             try:
                 yield rings
             finally:
@@ -292,3 +301,59 @@ def test_buffer_that_goes_away_stops_the_vring_only() -> None:
             assert reason == "memory that the front-end shares is gone"
     finally:
         guest.close()
+
+
+BUSY = Unsupported("requests did not finish")
+
+
+async def handed_over(guest: Guest) -> ShadowRings:
+    """Those of a device that failed and is closed, with a request in flight."""
+    inner = FakeDevice()
+    device = ShadowDevice(inner, Tracking.AUTO, always=True)
+    device.use_inflight(guest.buffer)
+    await device.set_memory([guest.region])
+    await device.run(0, [guest.vring(0)])
+    inner.fail("its process died")
+    rings = device.hand_over()
+    assert rings is not None
+    await device.aclose()
+    return rings
+
+
+async def given_back(guest: Guest) -> ShadowRings:
+    """Of a device that took them over and did not run."""
+    inner = FakeDevice()
+    device = ShadowDevice(inner, Tracking.AUTO, always=True)
+    device.take_over(await handed_over(guest))
+    await device.set_memory([guest.region])
+    inner.refuse["run"] = BUSY
+    with pytest.raises(Unsupported):
+        await device.run(0, [guest.vring(0)])
+    rings = device.give_back()
+    assert rings is not None
+    await device.aclose()
+    return rings
+
+
+async def recalled(guest: Guest) -> Absence:
+    """Of a back-end that kept the buffer itself."""
+    with guest.shadowed(0) as rings:
+        run_until(rings, 1)
+    absence = Absence()
+    absence.recall(0, [guest.vring(0)], [guest.region], guest.buffer)
+    return absence
+
+
+@pytest.mark.parametrize("left", [handed_over, given_back, recalled])
+async def test_buffer_that_goes_away_after_the_device_is_told_to_nobody(
+    guest: Guest, left: Callable[[Guest], Awaitable[ShadowRings | Absence]]
+) -> None:
+    """The number of the eventfd that was for it may be another connection's by then."""
+    guest.offer(5)
+    requests = await left(guest)
+    assert guest.entries()[5][0] == 1
+    with ExitStack() as files, closing(requests):
+        others = [files.enter_context(eventfd()) for _ in range(32)]  # in place of what was closed
+        os.ftruncate(guest.buffer.fd.fileno(), 0)
+        requests.settle()
+        assert [signals(fd) for fd in others] == [0] * 32
