@@ -182,6 +182,11 @@ class Passage:
         except BridgeError as second:
             self._device.fail(f"{error}; going on failed too: {second}")
 
+    async def stop(self) -> None:
+        """Relay no more: the guest's eventfds are about to be closed. ``end`` gives vrings up."""
+        if self.rings is not None:
+            await trio.to_thread.run_sync(self.rings.stop)
+
     async def end(self) -> None:
         """Give up the vrings of a device that stands still, if there are any."""
         rings, self.rings = self.rings, None

@@ -24,6 +24,7 @@ from .dispatch import Handler, dispatch
 from .incoming import Incoming
 from .quiet import either, message_comes_first
 from .replacing import ReplacingUser
+from .shadow import ShadowDevice
 from .stand_in import StandIn
 
 if TYPE_CHECKING:
@@ -258,6 +259,9 @@ class Session(ReplacingUser):
             if self.transfer is not None:
                 self.transfer.close()
             self.absence.close()
+            # One that could not be stopped relays until it is closed, which waits for us.
+            if isinstance(self.device, ShadowDevice):
+                await self.device.stop_relaying()
             for vring in self.vrings.values():
                 vring.close()
             close_all(region.fd for region in self.memory.regions)

@@ -183,6 +183,14 @@ class ShadowDevice(FamiliarDevice):
             raise
         self.at_rest = False
 
+    @whole
+    async def stop_relaying(self) -> None:
+        """Let go of the guest's eventfds, whatever became of the device; nothing if it stopped.
+
+        What was in flight can still be handed over.
+        """
+        await self._passage.stop()
+
     def hand_over(self) -> ShadowRings | None:
         """The shadow vrings of a device that FAILED, for ``take_over`` of one in its place."""
         return self._passage.hand_over()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import struct
+from contextlib import ExitStack
+from typing import cast
+from unittest.mock import Mock
 
 import pytest
 import trio
@@ -14,6 +17,7 @@ from tests.unit.fakes import (
     Frame,
     address,
     device_info,
+    eventfd,
     region,
     signals,
     state,
@@ -37,6 +41,8 @@ from vhostbridge.backends.errors import KernelRefused, TransportLost, Unsupporte
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.messages import Request as R
 from vhostbridge.backends.virtio import TransportFeature
+from vhostbridge.bridge.shadow import with_shadow
+from vhostbridge.bridge.tracking import Tracking
 
 # While it runs
 
@@ -304,6 +310,36 @@ async def test_a_device_that_cannot_be_reset_has_failed(autojump_clock: MockCloc
         vm.device.refuse["reset"] = KernelRefused("SET_STATUS 0", 5)
     assert vm.device.state is State.FAILED
     assert "SET_STATUS 0" in vm.device.failure
+
+
+@pytest.mark.parametrize("when", ["before", "as it leaves"])
+async def test_shadow_vrings_of_a_device_that_failed_let_go_of_the_front_ends_eventfds(
+    when: str,
+) -> None:
+    """A file that comes meanwhile has their numbers, and the vrings would read from it."""
+    inner = FakeDevice()
+    async with with_shadow(inner, Tracking.AUTO, always=True) as device:
+        async with connected(cast(FakeDevice, device)) as vm:
+            await vm.set_up(protocol=OFFER & ~PF.STATUS)
+            await vm.set_ring(0)
+            await vm.enable(0)
+            await vm.settle()
+            assert device.shadowed
+            kick = vm.kicks[0].dup()
+            if when == "before":
+                # Nobody knows where such a device was, so that no other one takes its place.
+                vm.session.absence.notice = Mock()  # type: ignore[method-assign]
+                inner.fail("its process died")
+            inner.refuse["suspend"] = Unsupported("requests did not finish")
+        assert device.state is State.FAILED
+        with ExitStack() as files:
+            others = [files.enter_context(eventfd()) for _ in range(32)]
+            for fd in others:
+                os.eventfd_write(fd.fileno(), 1)
+            with kick:
+                os.eventfd_write(kick.fileno(), 1)
+                await trio.sleep(0.1)
+            assert [signals(fd) for fd in others] == [1] * 32
 
 
 async def test_driver_is_asked_for_kicks_before_a_device_starts(autojump_clock: MockClock) -> None:
