@@ -269,10 +269,9 @@ class VdpaDevice(Device):
                 else ring
                 for index, ring in self._rings.items()
             }
-        except KernelRefused as error:
+        except KernelRefused:
             # Stopped, nobody knows where, and only RESUME could let it go on from there.
-            if self.capabilities.resume.how is not How.NATIVE:
-                self.fail(str(error))
+            self._must_restart = self.capabilities.resume.how is not How.NATIVE
             raise
         self._must_restart = not whole
 

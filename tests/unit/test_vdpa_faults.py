@@ -11,6 +11,7 @@ from typing import cast
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from tests.unit.fakes import CAPABILITIES, device_info, eventfd, memfd, signals
 from vhostbridge.backends.errors import BridgeError, KernelRefused
@@ -260,6 +261,18 @@ async def test_a_cancelled_task_ends_what_it_began(kind: str, name: str) -> None
             b.regions = list(b.device._memory.regions)
         assert b.device.state is not State.FAILED
         b.check()
+
+
+async def test_a_device_that_stopped_nobody_knows_where_is_known_to_have_failed() -> None:
+    """Without RESUME it can't go on: whoever waits for its failure opens it again."""
+    async with bench("no RESUME") as b, trio.open_nursery() as waiting:
+        waiting.start_soon(b.device.failed.wait)
+        await wait_all_tasks_blocked()
+        b.kernel.arm(1)
+        with pytest.raises(KernelRefused, match="GET_VRING_BASE"):
+            await b.device.suspend()
+        assert b.device.state is State.FAILED
+        assert "GET_VRING_BASE" in b.device.failure
 
 
 async def test_a_vring_that_was_stopped_stays_so_when_memory_goes() -> None:
