@@ -25,7 +25,7 @@ from .chardev import USED, BackendFeature, Chardev
 from .control_space import ControlSpace
 from .draining import wait_drained
 from .launch import Launcher
-from .memory import GuestMemory, check_regions
+from .memory import GuestMemory, HalfChanged, check_regions
 
 T = TypeVar("T")
 
@@ -110,8 +110,11 @@ class VdpaDevice(Device):
             await self.suspend()
         try:
             await self._call(self._memory.update, regions)
+        except HalfChanged as error:
+            self.fail(str(error))
+            raise
         finally:
-            if pause:
+            if pause and self.state is State.SUSPENDED:
                 await self._run_on()
 
     # Life

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from vhostbridge.backends.errors import BridgeError, KernelRefused, PeerError, Unsupported
 from vhostbridge.backends.guest import MemoryRegion
@@ -40,6 +40,14 @@ def check_regions(regions: Sequence[MemoryRegion], first: int, last: int) -> Non
             )
 
 
+class HalfChanged(BridgeError):
+    """A change of memory failed, and so did the way back: ``lost`` is not the device's any more."""
+
+    def __init__(self, message: str, hint: str, lost: Sequence[Mapping]) -> None:
+        super().__init__(message, hint)
+        self.lost = lost
+
+
 class GuestMemory:
     """What one device can reach in one of its address spaces. Blocking; one thread at a time."""
 
@@ -58,6 +66,7 @@ class GuestMemory:
         """Make ``regions`` the device's memory; what stays is not touched.
 
         Raises:
+            HalfChanged: the device must not run on; what it lost comes back with another update.
             BridgeError: nothing changed; the previous memory is in force.
         """
         wanted = {region.key: region for region in (*regions, *self.own)}
@@ -68,14 +77,21 @@ class GuestMemory:
                 if key not in self._mappings:
                     new.append(map_region(region))
             self._change(gone, new)
+        except HalfChanged as error:
+            unmap(new)
+            self._drop(error.lost)
+            raise
         except BridgeError:
             unmap(new)
             raise
-        for mapping in gone:
-            del self._mappings[mapping.key]
+        self._drop(gone)
         self._mappings.update((m.key, m) for m in new)
         self.regions = regions
-        unmap(gone)
+
+    def _drop(self, mappings: Sequence[Mapping]) -> None:
+        for mapping in mappings:
+            del self._mappings[mapping.key]
+        unmap(mappings)
 
     def needs_removal(self, regions: Sequence[MemoryRegion]) -> bool:
         """Whether ``update(regions)`` would take memory away."""
@@ -101,7 +117,7 @@ class GuestMemory:
         try:
             try:
                 for mapping in gone:
-                    self._device.iotlb_unmap(mapping.iova, mapping.size, **self._space)
+                    self._unmap(mapping)
                     removed.append(mapping)
                 for mapping in new:
                     self._map(mapping)
@@ -110,12 +126,36 @@ class GuestMemory:
                 if self._batch:
                     self._device.iotlb_batch_end(**self._space)
         except KernelRefused as error:
-            with suppress(KernelRefused):
-                for mapping in added:
-                    self._device.iotlb_unmap(mapping.iova, mapping.size, **self._space)
-                for mapping in removed:
-                    self._map(mapping)
-            raise self._explain(error, new) from None
+            self._undo(added, removed, self._explain(error, new))
+
+    # What can be put back is, whatever can't.
+    def _undo(
+        self, added: Sequence[Mapping], removed: Sequence[Mapping], reason: BridgeError
+    ) -> NoReturn:
+        lost: list[Mapping] = []
+        second: KernelRefused | None = None
+        for mapping in added:
+            try:
+                self._unmap(mapping)
+            except KernelRefused as error:
+                second = error
+        for mapping in removed:
+            try:
+                self._map(mapping)
+            except KernelRefused as error:
+                second = error
+                lost.append(mapping)
+        if second is None:
+            raise reason from None
+        raise HalfChanged(
+            f"guest memory could not be changed ({reason.message}), nor put back "
+            f"({second.message})",
+            reason.hint or "the device is opened anew; dmesg may say why",
+            lost,
+        ) from None
+
+    def _unmap(self, mapping: Mapping) -> None:
+        self._device.iotlb_unmap(mapping.iova, mapping.size, **self._space)
 
     def _map(self, mapping: Mapping) -> None:
         self._device.iotlb_map(mapping.iova, mapping.size, mapping.address, **self._space)

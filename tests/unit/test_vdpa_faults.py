@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,7 +18,7 @@ from tests.unit.fakes import CAPABILITIES, device_info, eventfd, memfd, signals
 from vhostbridge.backends.errors import BridgeError, KernelRefused
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.guest import MemoryRegion, VringSetup
-from vhostbridge.backends.lifecycle import State, Status
+from vhostbridge.backends.lifecycle import How, State, Status
 from vhostbridge.backends.vdpa.chardev import BackendFeature, Chardev
 from vhostbridge.backends.vdpa.device import VdpaDevice
 from vhostbridge.backends.vdpa.opening import _capabilities
@@ -49,6 +50,8 @@ class Kernel:
         self.enabled: dict[int, bool] = {}
         self.entries: dict[int, int] = {}
         self.left = -1
+        # Where nothing can be mapped.
+        self.hole = -1
 
     def arm(self, step: int) -> None:
         self.left = step
@@ -109,6 +112,8 @@ class Kernel:
 
     def iotlb_map(self, iova: int, size: int, address: int) -> None:
         self._step("IOTLB UPDATE")
+        if iova == self.hole:
+            raise KernelRefused("fake: IOTLB UPDATE", errno.EFAULT)
         assert iova not in self.entries
         self.entries[iova] = size
 
@@ -261,6 +266,26 @@ async def test_a_cancelled_task_ends_what_it_began(kind: str, name: str) -> None
             b.regions = list(b.device._memory.regions)
         assert b.device.state is not State.FAILED
         b.check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_device_that_lost_memory_does_not_run_on(kind: str) -> None:
+    """A change failed and could not be undone. All that can be put back is, also later."""
+    async with bench(kind) as b, trio.open_nursery() as waiting:
+        before = [*b.regions, b.region(SIZE), b.region(2 * SIZE)]
+        await b.device.set_memory(before)
+        waiting.start_soon(b.device.failed.wait)
+        others = [replace(b.region(at), identity=(1, at, 0)) for at in (SIZE, 2 * SIZE)]
+        b.kernel.hole = SIZE
+        with pytest.raises(BridgeError, match=r"not be changed \(fake: .*\), nor put back \(fake:"):
+            await b.device.set_memory([*b.regions, *others])
+        assert b.device.state is State.FAILED and b.device.failure
+        assert set(b.kernel.entries) == {0, 2 * SIZE}
+        assert not b.kernel.runs or b.device.capabilities.resume.how is not How.NATIVE
+        b.kernel.hole = -1
+        await b.device.reset()
+        await b.device.set_memory(before)
+        assert set(b.kernel.entries) == {0, SIZE, 2 * SIZE}
 
 
 async def test_a_device_that_stopped_nobody_knows_where_is_known_to_have_failed() -> None:
