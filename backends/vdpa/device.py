@@ -173,10 +173,20 @@ class VdpaDevice(Device):
         except BridgeError as second:
             self.fail(f"{error}; going back failed too: {second}")
 
-    # The same vrings with the same features, from where they are.
+    # The same vrings with the same features, from where they are. A device that does not resume is
+    # started anew.
     async def _run_on(self) -> None:
-        going = [v for v in self._rings.values() if v.kick is not None]
-        await self.run(self.features, [replace(v, base=None) for v in going])
+        going = [replace(v, base=None) for v in self._rings.values() if v.kick is not None]
+        try:
+            await self.run(self.features, going)
+        except BridgeError as error:
+            if self.state is not State.SUSPENDED:
+                raise
+            try:
+                await self.run(self.features, going)
+            except BridgeError as second:
+                self.fail(f"{error}; going on failed too: {second}")
+                raise
 
     def _can_resume(self, features: int, vrings: Sequence[VringSetup]) -> bool:
         return (

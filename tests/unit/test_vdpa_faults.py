@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import cast
+from unittest.mock import Mock
 
 import pytest
 import trio
@@ -206,12 +207,26 @@ async def add_memory(b: Bench) -> None:
     await b.device.set_memory([*b.regions, b.region(SIZE)])
 
 
+async def remove_memory(b: Bench) -> None:
+    await b.device.set_memory(b.regions[:1])
+
+
+async def prepare(b: Bench, name: str) -> None:
+    if name == "resume":
+        await b.device.suspend()
+    elif name == "remove memory":
+        b.regions.append(b.region(SIZE))
+        await b.device.set_memory(b.regions)
+
+
 OPERATIONS: dict[str, tuple[Callable[[Bench], Awaitable[None]], int]] = {
     # More steps than any of them makes.
     "suspend": (suspend, 14),
     "resume": (resume, 26),
     "run anew": (run_anew, 34),
     "add memory": (add_memory, 4),
+    # Where the device pauses for it, the kernel may refuse to let it go on.
+    "remove memory": (remove_memory, 14),
 }
 
 
@@ -221,8 +236,7 @@ async def test_one_ioctl_fails(kind: str, name: str) -> None:
     operation, steps = OPERATIONS[name]
     for step in range(steps):
         async with bench(kind) as b:
-            if name == "resume":
-                await b.device.suspend()
+            await prepare(b, name)
             before = b.device.state
             for ring in b.rings:
                 signals(ring.kick)  # type: ignore[arg-type]
@@ -236,7 +250,7 @@ async def test_one_ioctl_fails(kind: str, name: str) -> None:
                 if b.device.state is State.RUNNING and name == "suspend":
                     assert all(signals(ring.kick) for ring in b.rings)  # type: ignore[arg-type]
             else:
-                if name == "add memory":
+                if "memory" in name:
                     b.regions = list(b.device._memory.regions)
             b.kernel.arm(-1)
             b.check()
@@ -248,8 +262,7 @@ async def test_one_ioctl_fails(kind: str, name: str) -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 async def test_a_cancelled_task_ends_what_it_began(kind: str, name: str) -> None:
     async with bench(kind) as b:
-        if name == "resume":
-            await b.device.suspend()
+        await prepare(b, name)
         with trio.CancelScope() as scope:
             original = b.kernel._step
 
@@ -262,7 +275,7 @@ async def test_a_cancelled_task_ends_what_it_began(kind: str, name: str) -> None
             await trio.lowlevel.checkpoint()
         assert scope.cancelled_caught
         b.kernel._step = original  # type: ignore
-        if name == "add memory":
+        if "memory" in name:
             b.regions = list(b.device._memory.regions)
         assert b.device.state is not State.FAILED
         b.check()
@@ -286,6 +299,19 @@ async def test_a_device_that_lost_memory_does_not_run_on(kind: str) -> None:
         await b.device.reset()
         await b.device.set_memory(before)
         assert set(b.kernel.entries) == {0, SIZE, 2 * SIZE}
+
+
+async def test_a_device_that_does_not_go_on_with_less_memory_has_failed() -> None:
+    """Neither by RESUME nor started anew: the memory before is not in force any more."""
+    async with bench("all") as b, trio.open_nursery() as waiting:
+        await prepare(b, "remove memory")
+        waiting.start_soon(b.device.failed.wait)
+        refuse = Mock(side_effect=KernelRefused("fake: not now", errno.EBUSY))
+        b.kernel.resume = b.kernel.set_vring_num = refuse  # type: ignore
+        with pytest.raises(KernelRefused, match="not now"):
+            await remove_memory(b)
+        assert b.device.state is State.FAILED
+        assert "; going on failed too: " in b.device.failure
 
 
 async def test_a_device_that_stopped_nobody_knows_where_is_known_to_have_failed() -> None:
