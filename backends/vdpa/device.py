@@ -173,10 +173,11 @@ class VdpaDevice(Device):
         except BridgeError as second:
             self.fail(f"{error}; going back failed too: {second}")
 
-    # The same vrings with the same features, from where they are. A device that does not resume is
-    # started anew.
-    async def _run_on(self) -> None:
-        going = [replace(v, base=None) for v in self._rings.values() if v.kick is not None]
+    # The same vrings, but for those that ``changed``, from where they are. A device that does not
+    # resume is started anew.
+    async def _run_on(self, *changed: VringSetup) -> None:
+        rings = {**self._rings, **{v.index: v for v in changed}}
+        going = [replace(v, base=None) for v in rings.values() if v.kick is not None]
         try:
             await self.run(self.features, going)
         except BridgeError as error:
@@ -376,14 +377,15 @@ class VdpaDevice(Device):
         ring = self._running_ring(index)
         if ring is None or ring.enabled == enabled:
             return
-        self._rings[index] = ring = replace(ring, enabled=enabled)
+        ring = replace(ring, enabled=enabled)
         if enabled and not self._can_enable(index):
-            await self._run_on()
+            await self._run_on(ring)
             return
         if self._late:
             await self._call(self._dev.set_vring_enable, index, enabled)
         else:
             await self._call(self._launcher.set_kick, ring)
+        self._rings[index] = ring
         if enabled:
             self._moving.add(index)
             # vdpa_sim keeps the ring's position but needs a kick to look at it again.

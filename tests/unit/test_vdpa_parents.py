@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import pytest
 
 from tests.unit.fakes import device_info, signals
 from tests.unit.test_vdpa_faults import ALL, FEATURES, USED, Bench, Kernel
-from vhostbridge.backends.errors import KernelRefused, Unsupported
+from vhostbridge.backends.errors import BridgeError, KernelRefused, Unsupported
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.guest import VringSetup
 from vhostbridge.backends.lifecycle import State, Status
@@ -136,6 +136,11 @@ class ParentBench(Bench):
             os.pwrite(fd, struct.pack("<H", used), ring.device_area + 2)
             os.pwrite(fd, struct.pack("<H", available), ring.driver_area + 2)
 
+    @property
+    def goes(self) -> set[int]:
+        """The vrings that the device works on."""
+        return {index for index in self.kernel.going if self.kernel.kicks[index]}
+
     def again(self, indices: Iterable[int]) -> list[VringSetup]:
         return [replace(self.rings[index], base=None) for index in indices]
 
@@ -208,6 +213,48 @@ async def test_a_disabled_vring_goes_on_when_it_is_enabled(parent: Parent) -> No
         await b.device.set_enabled(1, True)
         assert b.kernel.going == {0, 1}
         assert b.kernel.bases == USED
+
+
+async def _disable(b: ParentBench) -> None:
+    await b.device.run(FEATURES, b.rings)
+    await b.device.set_enabled(1, False)
+
+
+async def _start_disabled(b: ParentBench) -> None:
+    await b.device.run(FEATURES, [b.rings[0], replace(b.rings[1], enabled=False)])
+
+
+async def _start_enabled(b: ParentBench) -> None:
+    await b.device.run(FEATURES, b.rings)
+
+
+@pytest.mark.parametrize("parent", [Mlx5, OldMlx5, SolidRun])
+@pytest.mark.parametrize("begin", [_disable, _start_disabled, _start_enabled])
+async def test_a_vring_that_could_not_be_switched_is_switched_when_it_is_tried_again(
+    parent: Parent, begin: Callable[[ParentBench], Awaitable[None]]
+) -> None:
+    """Whichever ioctl was refused: the device and what is known of it are as before."""
+    enabled = begin is not _start_enabled
+    refused = 0
+    for step in range(36):
+        async with bench(parent) as b:
+            await begin(b)
+            before = b.goes
+            b.kernel.arm(step)
+            try:
+                await b.device.set_enabled(1, enabled)
+            except BridgeError:
+                refused += 1
+                if b.device.state is State.FAILED:
+                    continue
+                assert b.goes == before and b.device.vrings[1].enabled is not enabled
+                await b.device.set_enabled(1, enabled)
+            assert b.goes == ({0, 1} if enabled else {0})
+            assert b.device.vrings[1].enabled is enabled
+            b.kernel.arm(-1)
+            await b.device.suspend()
+            assert {index: v.base for index, v in b.device.vrings.items()} == USED
+    assert 0 < refused < 36
 
 
 def _signalled(fd: OwnedFd | None) -> int:
