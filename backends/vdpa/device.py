@@ -363,8 +363,9 @@ class VdpaDevice(Device):
 
     async def set_kick(self, index: int, fd: OwnedFd | None) -> None:
         if ring := self._running_ring(index):
-            self._rings[index] = ring = replace(ring, kick=fd)
+            ring = replace(ring, kick=fd)
             await self._call(self._launcher.set_kick, ring)
+            self._rings[index] = ring
             await signal_eventfds(fd)
 
     async def set_err(self, index: int, fd: OwnedFd | None) -> None:

@@ -326,6 +326,19 @@ async def test_a_device_that_stopped_nobody_knows_where_is_known_to_have_failed(
         assert "GET_VRING_BASE" in b.device.failure
 
 
+async def test_a_kick_that_is_refused_is_not_given_to_the_device_later() -> None:
+    """Its front-end's session has closed it by then."""
+    async with bench("no RESUME") as b:
+        with eventfd() as other:
+            b.kernel.arm(0)
+            with pytest.raises(KernelRefused):
+                await b.device.set_kick(0, other)
+        await b.device.suspend()
+        await b.device.resume()
+        assert b.kernel.kicks == {0: True, 1: True}
+        assert all(signals(ring.kick) for ring in b.rings)  # type: ignore[arg-type]
+
+
 async def test_a_vring_that_was_stopped_stays_so_when_memory_goes() -> None:
     """The device pauses for that, and the front-end has closed the stopped vring's eventfds."""
     async with bench("all") as b:
