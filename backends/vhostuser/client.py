@@ -164,8 +164,10 @@ class Client:
             try:
                 await self._channel.send_run(busy * BUSY + stop, last, [call])
             except BaseException:
+                # As in ``_exchange``; ``serve`` may have given them up already.
                 for one in pending:
-                    self._pending.remove(one)
+                    if one in self._pending:
+                        self._pending.remove(one)
                 raise
         reply = await self._reply_to(base)
         if acknowledged:

@@ -10,12 +10,14 @@ from dataclasses import replace
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from tests.unit.fakes import LOG_ALL, RING_PACKED, Frame, eventfd, frame, memfd, signals, u64
 from tests.unit.scripted import OFFER, Answer, Backend, connected
 from tests.unit.states import save
+from tests.unit.test_client import connected as client_alone
 from vhostbridge.backends.dirty_log import DirtyLog
-from vhostbridge.backends.errors import BridgeError, Unsupported
+from vhostbridge.backends.errors import BridgeError, TransportLost, Unsupported
 from vhostbridge.backends.fds import OwnedFd
 from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.lifecycle import How, State
@@ -295,3 +297,21 @@ async def test_vrings_of_the_driver_before_are_forgotten(monkeypatch: pytest.Mon
         state = await b.device.capture()
         assert [(v.index, v.base) for v in state.vrings] == [(0, 0)]
         assert save(state)
+
+
+async def test_a_vring_is_not_stopped_when_the_back_end_leaves_under_the_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may be seen by who reads before it is by who writes."""
+    async with client_alone() as (client, peer, _):
+
+        async def send_late(*arguments: object) -> None:
+            peer.close()
+            await wait_all_tasks_blocked()
+            raise TransportLost("a write failed")
+
+        monkeypatch.setattr(client._channel, "send_run", send_late)
+        with eventfd() as call, pytest.raises(TransportLost, match="a write failed"):
+            await client.stop_busy_vring(0, True, call)
+        with pytest.raises(TransportLost, match="closed the connection"):
+            await client.stop_vring(0)
