@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import trio
 
@@ -15,7 +16,7 @@ from vhostbridge.backends.device import Device, whole
 from vhostbridge.backends.dirty_log import DirtyLog
 from vhostbridge.backends.errors import BridgeError, Unsupported
 from vhostbridge.backends.fds import OwnedFd, signal_eventfds
-from vhostbridge.backends.guest import MemoryRegion, VringSetup, base_of
+from vhostbridge.backends.guest import MemoryRegion, VringSetup, base_of, with_base
 from vhostbridge.backends.inflight import InflightBuffer
 from vhostbridge.backends.lifecycle import How, State
 from vhostbridge.backends.state import DeviceState
@@ -118,7 +119,7 @@ class ShadowDevice(FamiliarDevice):
         ran = self.state is State.RUNNING
         if ran:
             await self.suspend()
-        wanted = [self._with_base(vring) for vring in vrings]
+        wanted = [with_base(vring, self.vrings) for vring in vrings]
         before = (self.features, list(self.vrings.values()))
         try:
             await self._go_somehow(features, wanted)
@@ -133,11 +134,6 @@ class ShadowDevice(FamiliarDevice):
     @property
     def _goes_through(self) -> bool:
         return self._shadowed or self._passage.inherits
-
-    def _with_base(self, vring: VringSetup) -> VringSetup:
-        if vring.base is not None or vring.index not in self.vrings:
-            return vring
-        return replace(vring, base=self.vrings[vring.index].base)
 
     async def _go_back(
         self, features: int, vrings: Sequence[VringSetup], error: BridgeError
@@ -185,10 +181,7 @@ class ShadowDevice(FamiliarDevice):
 
     @whole
     async def stop_relaying(self) -> None:
-        """Let go of the guest's eventfds, whatever became of the device; nothing if it stopped.
-
-        What was in flight can still be handed over.
-        """
+        """Let go of the guest's eventfds; what was in flight can still be handed over."""
         await self._passage.stop()
 
     def hand_over(self) -> ShadowRings | None:
@@ -261,41 +254,36 @@ class ShadowDevice(FamiliarDevice):
 
     # Changes while running
 
-    def _shadow_vring(self, index: int) -> VringSetup | None:
+    # Whether it is shadowed, and has got that now.
+    async def _exchanged(self, index: int, **change: Any) -> bool:
         rings = self._passage.rings
-        return None if rings is None else rings.vrings.get(index)
-
-    async def _exchange(self, vring: VringSetup) -> None:
-        rings = self._passage.rings
-        assert rings is not None
-        await trio.to_thread.run_sync(rings.replace_eventfd, vring.index, vring)
+        if rings is None or index not in rings.vrings:
+            return False
+        vring = replace(rings.vrings[index], **change)
+        check_kick(index, vring.kick)
+        await trio.to_thread.run_sync(rings.replace_eventfd, index, vring)
         self._guest = dict(rings.vrings)
+        return True
 
     async def set_call(self, index: int, fd: OwnedFd | None) -> None:
-        if vring := self._shadow_vring(index):
-            await self._exchange(replace(vring, call=fd))
+        if await self._exchanged(index, call=fd):
             await signal_eventfds(fd)
         else:
             await self._inner.set_call(index, fd)
 
     async def set_kick(self, index: int, fd: OwnedFd | None) -> None:
-        if vring := self._shadow_vring(index):
-            check_kick(index, fd)
-            await self._exchange(replace(vring, kick=fd))
+        if await self._exchanged(index, kick=fd):
             await signal_eventfds(fd)
         else:
             await self._inner.set_kick(index, fd)
 
     async def set_err(self, index: int, fd: OwnedFd | None) -> None:
-        if vring := self._shadow_vring(index):
-            await self._exchange(replace(vring, err=fd))
-        else:
+        if not await self._exchanged(index, err=fd):
             await self._inner.set_err(index, fd)
 
     async def set_enabled(self, index: int, enabled: bool) -> None:
         await self._inner.set_enabled(index, enabled)
-        if vring := self._shadow_vring(index):
-            await self._exchange(replace(vring, enabled=enabled))
+        await self._exchanged(index, enabled=enabled)
 
     # The dirty log
 

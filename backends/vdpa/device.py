@@ -19,12 +19,12 @@ from vhostbridge.backends.guest import MemoryRegion, VringSetup, base_of, kick_a
 from vhostbridge.backends.lifecycle import Capabilities, How, State, Status, Verb, step
 from vhostbridge.backends.pace import Pace
 from vhostbridge.backends.ring_memory import used_index
-from vhostbridge.backends.virtio import DeviceId, TransportFeature
+from vhostbridge.backends.virtio import DeviceId
 
 from .chardev import USED, BackendFeature, Chardev
 from .control_space import ControlSpace
-from .draining import wait_drained
-from .launch import Launcher
+from .draining import check_drainable, wait_drained
+from .launch import Launcher, check_kicks
 from .memory import GuestMemory, HalfChanged, check_regions
 
 T = TypeVar("T")
@@ -125,12 +125,7 @@ class VdpaDevice(Device):
 
     @whole
     async def run(self, features: int, vrings: Sequence[VringSetup]) -> None:
-        for vring in vrings:
-            if vring.kick is None:
-                raise Unsupported(
-                    f"vring {vring.index} has no kick eventfd, and vhost-vdpa does not poll",
-                    "use a front-end that kicks",
-                )
+        check_kicks(vrings)
         ran = self.state is State.RUNNING
         if ran:
             await self.suspend()
@@ -238,13 +233,11 @@ class VdpaDevice(Device):
         after = step(self.state, Verb.SUSPEND)
         if self.state is State.SUSPENDED:
             return
-        stop = self._suspend
-        if self.capabilities.suspend.how is not How.NATIVE:
-            stop = self._drain_and_reset
+        native = self.capabilities.suspend.how is How.NATIVE
         rings = dict(self._rings)
         self.state = after
         try:
-            await self._call(stop)
+            await self._call(self._suspend if native else self._drain_and_reset)
         except BridgeError as error:
             if not self.failed.is_set():
                 self.state = State.RUNNING
@@ -311,12 +304,7 @@ class VdpaDevice(Device):
     # read from memory how far it got. For split rings that is exact; a packed ring has no index
     # in memory.
     def _drain_and_reset(self) -> None:
-        if self.features & TransportFeature.RING_PACKED.mask:
-            raise Unsupported(
-                f"{self.info.target} can't be stopped: it has no SUSPEND, and a packed ring's "
-                "position can't be read from memory",
-                "use split rings (packed=off) with this device",
-            )
+        check_drainable(self.info.target, self.features)
         for index in self._rings:
             self._dev.set_vring_kick(index, None)
         # A network device holds receive buffers for ever; they count as not fetched.
@@ -382,10 +370,7 @@ class VdpaDevice(Device):
         if enabled and not self._can_enable(index):
             await self._run_on(ring)
             return
-        if self._late:
-            await self._call(self._dev.set_vring_enable, index, enabled)
-        else:
-            await self._call(self._launcher.set_kick, ring)
+        await self._call(self._launcher.switch, ring)
         self._rings[index] = ring
         if enabled:
             self._moving.add(index)

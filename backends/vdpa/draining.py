@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from vhostbridge.backends.errors import KernelRefused, Unsupported
 from vhostbridge.backends.guest import MemoryRegion, VringSetup
 from vhostbridge.backends.ring_memory import available_index, used_index
+from vhostbridge.backends.virtio import TransportFeature
 
 from .chardev import Chardev
 
@@ -16,6 +17,20 @@ from .chardev import Chardev
 DRAIN_SECONDS = 5.0
 # How long it may take to look at a vring that it was kicked for, in seconds.
 SETTLE_SECONDS = 0.01
+
+
+def check_drainable(target: str, features: int) -> None:
+    """Refuse a device whose vrings would have no position after a reset.
+
+    Raises:
+        Unsupported: they are packed.
+    """
+    if features & TransportFeature.RING_PACKED.mask:
+        raise Unsupported(
+            f"{target} can't be stopped: it has no SUSPEND, and a packed ring's position can't be "
+            "read from memory",
+            "use split rings (packed=off) with this device",
+        )
 
 
 def wait_drained(

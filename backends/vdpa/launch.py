@@ -16,6 +16,20 @@ from .chardev import BackendFeature, Chardev
 from .control_space import ControlSpace
 
 
+def check_kicks(vrings: Sequence[VringSetup]) -> None:
+    """Refuse a vring whose requests nobody tells of.
+
+    Raises:
+        Unsupported: its front-end wants it to be polled.
+    """
+    for vring in vrings:
+        if vring.kick is None:
+            raise Unsupported(
+                f"vring {vring.index} has no kick eventfd, and vhost-vdpa does not poll",
+                "use a front-end that kicks",
+            )
+
+
 class Launcher:
     """Brings one device up. Blocking; one thread at a time."""
 
@@ -54,6 +68,13 @@ class Launcher:
         self.set_kick(vring)
         self._device.set_vring_call(vring.index, vring.call)
         self._device.set_vring_err(vring.index, vring.err)
+
+    def switch(self, vring: VringSetup) -> None:
+        """Enable or disable a vring that runs."""
+        if self._late:
+            self._device.set_vring_enable(vring.index, vring.enabled)
+        else:
+            self.set_kick(vring)
 
     def set_kick(self, vring: VringSetup) -> None:
         """Let a vring be kicked, unless it is a disabled one of a device that can't be told so."""
