@@ -1,8 +1,9 @@
-"""In the virtual machine: frames through QEMU's virtio-net without a guest in it.
+"""In the virtual machine: frames through QEMU's virtio-net without an operating system in it.
 
-The machine's processor stands still. What a guest's driver would do is done here: accesses to
-registers over QEMU's "qtest" socket, and the rest in the guest's memory, which is shared. Behind is
-vdpa_sim_net, which gives back every frame that is sent. ``benchmarks.svq`` runs it.
+What a guest's driver would do is done here: accesses to registers over QEMU's "qtest" socket, and
+the rest in the guest's memory, which is shared. The machine's processor stands still, or, with
+KVM (``guest_pace``), exchanges the frames itself: then kicks go from it to an eventfd, past QEMU.
+Behind is vdpa_sim_net, which gives back every frame that is sent. ``benchmarks.svq`` runs it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,20 +33,35 @@ AREAS = (0x80, 0x90, 0xA0)
 NET = 1
 # Firmware: where an x86 processor begins, 16 bytes before the end, it clears interrupts and halts.
 HALT = bytes(0xFFF0) + b"\xfa\xf4\xeb\xfc" + bytes(12)
+# What exchange.S is told, and tells.
+GO, DEPTH, ROUNDS, POSTED, DEVICE = range(0x1000, 0x1014, 4)
 
 
 class Qemu:
-    """QEMU with one network device; ``netdev`` is its back-end, as QEMU's options have it."""
+    """QEMU with one network device; ``netdev`` is its back-end, as QEMU's options have it.
 
-    def __init__(self, name: str, netdev: list[str], *, incoming: bool = False) -> None:
+    With ``program``, which is in place of the firmware, the processor runs, with KVM.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        netdev: list[str],
+        *,
+        incoming: bool = False,
+        program: Path | None = None,
+    ) -> None:
         self.memory_file = Path(f"/dev/shm/{name}")
-        firmware = self.memory_file.with_suffix(".rom")
-        firmware.write_bytes(HALT)
+        firmware = program or self.memory_file.with_suffix(".rom")
+        if program is None:
+            firmware.write_bytes(HALT)
+        accelerator = "tcg" if program is None else "kvm"
         self._socket, test = socket.socketpair()
         self._monitor_socket, monitor = socket.socketpair()
         argv = [
             *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
-            *("-machine", "microvm,memory-backend=mem", "-accel", "tcg", "-m", str(SIZE >> 20)),
+            *("-machine", "microvm,memory-backend=mem", "-accel", accelerator),
+            *("-m", str(SIZE >> 20)),
             *(
                 "-object",
                 f"memory-backend-file,id=mem,size={SIZE},share=on,mem-path={self.memory_file}",
@@ -102,7 +119,7 @@ class Qemu:
 
     def write(self, register: int, value: int) -> None:
         """Change a register of the device."""
-        self._ask(f"writel {MMIO + STEP * self._device + register:#x} {value:#x}")
+        self._ask(f"writel {self.registers + register:#x} {value:#x}")
 
     def write_memory(self, address: int, word: int) -> None:
         """Write 16 bits to the guest's memory so that a migration notices."""
@@ -111,6 +128,11 @@ class Qemu:
     def find(self) -> None:
         """Find which of the machine's virtio devices is the network device."""
         self._device = next(n for n in range(COUNT) if self.read(DEVICE_ID, n) == NET)
+
+    @property
+    def registers(self) -> int:
+        """Where those of the device begin."""
+        return MMIO + STEP * self._device
 
 
 class Driver:
@@ -178,6 +200,15 @@ class Driver:
                 raise RuntimeError("frames are missing")
             os.sched_yield()
 
+    @property
+    def posted(self) -> int:
+        """How many frames were sent, modulo 65536."""
+        return self._posted
+
+    @posted.setter
+    def posted(self, count: int) -> None:
+        self._posted = count & 0xFFFF
+
     def check(self) -> None:
         """The frame that came last is what was sent."""
         at = BASE + 0x100000 + (self._posted - 1) % RING * 2048 + 12
@@ -215,6 +246,34 @@ def pace(netdev: list[str], pids: list[int], depth: int, seconds: float) -> dict
     return {"pace": frames / sum(took), "processor": used / frames, "took": took}
 
 
+def guest_pace(netdev: list[str], depth: int, seconds: float, program: str) -> float:
+    """Frames a second that a guest exchanges by itself, ``depth`` at once."""
+
+    def word(at: int, value: int | None = None) -> int:
+        if value is not None:
+            struct.pack_into("<I", qemu.memory, at, value)
+        return int(struct.unpack_from("<I", qemu.memory, at)[0])
+
+    with Qemu("pace", netdev, program=Path(program)) as qemu:
+        driver = Driver(qemu)
+        driver.start()
+        driver.exchange(depth)
+        for at, value in ((DEPTH, depth), (POSTED, driver.posted), (DEVICE, qemu.registers)):
+            word(at, value)
+        word(GO, 1)
+        time.sleep(0.5)
+        began, before = time.monotonic(), word(ROUNDS)
+        time.sleep(seconds)
+        rounds, took = word(ROUNDS) - before, time.monotonic() - began
+        word(GO, 0)
+        time.sleep(0.5)
+        driver.posted = word(POSTED)
+        driver.check()
+        qemu.execute("quit")
+        qemu.process.wait(20)
+    return rounds * depth / took
+
+
 def downtime(source: list[str], destination: list[str]) -> float:
     """Milliseconds that QEMU reports for a migration of the device in use."""
     with Qemu("source", source) as here, Qemu("destination", destination, incoming=True) as there:
@@ -232,7 +291,12 @@ def downtime(source: list[str], destination: list[str]) -> float:
 
 def main() -> None:
     what, *arguments = map(json.loads, sys.argv[1:])
-    print(json.dumps(pace(*arguments) if what == "pace" else downtime(*arguments)))
+    parts: dict[str, Callable[..., Any]] = {
+        "pace": pace,
+        "guest_pace": guest_pace,
+        "downtime": downtime,
+    }
+    print(json.dumps(parts[what](*arguments)))
 
 
 if __name__ == "__main__":
