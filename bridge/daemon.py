@@ -76,7 +76,7 @@ async def serve(config: DaemonConfig, again: Callable[[], DaemonConfig] | None =
                 await daemon.start_all(config.bridges)
                 await daemon.start_beside("control", partial(daemon.serve_control, nursery))
                 await daemon.start_beside("metrics", partial(daemon.serve_metrics, nursery))
-                keeper.drop_unused()
+                keeper.drop_unused({one.name for one in config.bridges})
                 nursery.start_soon(notifier.keep_alive)
                 _log.info(daemon.told)
                 notifier.ready(daemon.told)
@@ -117,21 +117,31 @@ class _Daemon:
         return f"serving {count} bridge{'' if count == 1 else 's'}"
 
     async def start_all(self, configs: Iterable[BridgeConfig]) -> None:
-        """Start bridges side by side; when one can't, the others are given up, as ``start_beside``
-        says.
+        """Start bridges side by side; when one can't, the others are given up, but for what
+        ``start_beside`` says. What was left for one that can't start waits for a reload.
 
         A reload waits until that is done: it would start those that are not there yet once more.
+
+        Raises:
+            BridgeError: that, or none could start; the next process finds what was left.
         """
         places = trio.CapacityLimiter(STARTING)
+        causes: list[BridgeError] = []
 
         async def start(config: BridgeConfig) -> None:
             async with places:
                 start = partial(self.start, config)
-                await self.start_beside(config.name, start, bridge=config.name)
+                cause = await self.start_beside(config.name, start, bridge=config.name)
+                if cause is not None:
+                    causes.append(cause)
 
         async with self._reloading, trio.open_nursery() as nursery:
             for one in configs:
                 nursery.start_soon(start, one)
+        if causes and not self.bridges:
+            self._keeper.keep_again()
+            await self._notifier.settled()
+            raise causes[0]
 
     async def serve_control(self, nursery: trio.Nursery) -> None:
         if (path := self._config.control) is not None:
@@ -145,9 +155,9 @@ class _Daemon:
 
     async def start_beside(
         self, name: str, start: Callable[[], Awaitable[None]], *, bridge: str = ""
-    ) -> None:
+    ) -> BridgeError | None:
         """Start one of the daemon's parts. It costs front-ends that were left here nothing if that
-        can't be: then it is told in the log.
+        can't be: then the cause is told in the log, and returned.
 
         Raises:
             BridgeError: it can't be, and nobody was left here.
@@ -159,6 +169,8 @@ class _Daemon:
             if cause is None or not self._keeper.succeeds:
                 raise
             self._tell_not_started(name, cause, bridge)
+            return cause
+        return None
 
     def _tell_not_started(self, name: str, cause: BridgeError, bridge: str) -> None:
         _log.error("%s: not started: %s", name, cause)

@@ -101,14 +101,15 @@ class DeviceUser(FrontEnd):
     def _out_of_step(self) -> bool:
         if self._stands_still or self.device.failed.is_set():
             return False
-        if self.running and self.device.state is State.SUSPENDED:
+        if self.running and self.device.state in (State.SUSPENDED, State.RESET):
             return not self._memory_is_away
         return self.may_start and any(v.ready and not v.running for v in self.vrings.values())
 
-    # The device was suspended for that, and goes on when it is there again (``set_memory``).
+    # The device was suspended for that, and goes on when it is there again (``set_memory``). Of a
+    # driver that begins anew the vrings before do not matter.
     @property
     def _memory_is_away(self) -> bool:
-        if self.device.state is not State.SUSPENDED:
+        if self.device.state is not State.SUSPENDED or self.paused:
             return False
         return not all(vring.regions(self.memory, self.packed) for vring in self.running)
 
@@ -223,7 +224,8 @@ class DeviceUser(FrontEnd):
         try:
             if pauses and self.none_enabled:
                 # Also where it stands still already, or is away: it must not go on by itself.
-                await self._stand_still()
+                if self.device.state is not State.RESET:
+                    await self._stand_still()
                 self._paused = True
             elif vring.running:
                 await self.device.set_enabled(vring.index, enabled)

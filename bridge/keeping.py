@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +119,8 @@ class Keeper:
         self.sessions.clear()
         self.states.clear()
 
-    def drop_unused(self) -> None:
-        """Close what no bridge asked for."""
+    def drop_unused(self, bridges: Collection[str]) -> None:
+        """Close what is for none of the ``bridges``, those that could not start included."""
         for path, one in self._listening.items():
             if one.ours:
                 Path(path).unlink(missing_ok=True)
@@ -128,15 +128,13 @@ class Keeper:
             else:
                 _log.warning("%s: inherited, but no bridge listens there", path)
             one.fd.close()
-        for name, fd in self.sessions.items():
+        for name in self.sessions.keys() - bridges:
             _log.warning("%s: a front-end was left here, but there is no such bridge now", name)
-            fd.close()
-        for name, (_, fd) in self.states.items():
+            self.sessions.pop(name).close()
+        for name in self.states.keys() - bridges:
             _log.warning("%s: a state was left here, but there is no such bridge now", name)
-            fd.close()
+            self.states.pop(name)[1].close()
         self._listening.clear()
-        self.sessions.clear()
-        self.states.clear()
 
     def close(self) -> None:
         for one in self._listening.values():

@@ -39,7 +39,8 @@ class ReplacingUser(DeviceUser):
         if not self.device.failed.is_set():
             return False
         absence = self.absence
-        known = self._stands_still
+        # What a paused device has of its own is lost with it; the operator may have saved it.
+        known = self.held or (self._stands_still and self.device.internal_owner is None)
         absence.notice(self.device, self.vrings.values(), self.memory.regions, held=known)
         return known or absence.state is not None
 

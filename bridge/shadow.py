@@ -119,9 +119,9 @@ class ShadowDevice(FamiliarDevice):
         ran = self.state is State.RUNNING
         if ran:
             await self.suspend()
-        wanted = [with_base(vring, self.vrings) for vring in vrings]
         before = (self.features, list(self.vrings.values()))
         try:
+            wanted = [with_base(vring, self.vrings) for vring in vrings]
             await self._go_somehow(features, wanted)
         except BridgeError as error:
             if ran:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import time
 from pathlib import Path
@@ -241,6 +242,37 @@ def test_what_can_not_start_costs_front_ends_that_were_handed_over_nothing(
     for text in ("vm2: not started: ", "control: not started: ", "metrics: not started: "):
         assert text in daemon.output
     assert "no trace is written: " in daemon.output
+    stop(daemon)
+    blkio.verify_file(disk.image, **options)
+
+
+def test_front_end_waits_until_its_bridge_can_start(
+    disk: StorageDaemon, manager: Manager, tmp_path: Path
+) -> None:
+    """Alone it ends the new process, beside another bridge a reload is waited for."""
+    options: dict[str, object] = {"size": SIZE, "state": tmp_path / "state", "seed": 43}
+    config = tmp_path / "bridges.toml"
+    bridge = '[[bridge]]\nname = "{}"\nlisten = "{}"\nbackend = "vhost-user:{}"\n'
+    right = bridge.format("vm1", tmp_path / "vm.sock", disk.socket)
+    wrong = bridge.format("vm1", tmp_path / "missing" / "vm.sock", disk.socket)
+    other = bridge.format("vm2", tmp_path / "vm2.sock", disk.socket)
+    config.write_text(right)
+    daemon = manager.start("--config", config, "--no-control")
+    blkio.run(tmp_path / "vm.sock", "fill", **options)
+    with blkio.start(tmp_path / "vm.sock", "write-read", depth=8, seconds=6, **options) as client:
+        client.wait_for_output(blkio.RUNNING)
+        stop(daemon)
+        config.write_text(wrong)
+        with manager.begin("--config", config, "--no-control") as daemon:
+            assert daemon.wait() == 1
+            assert "vm1: not started: " in daemon.output
+        config.write_text(wrong + other)
+        daemon = manager.begin("--config", config, "--no-control")
+        daemon.wait_for_output("vm1: not started: ")
+        config.write_text(right)
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_for_output("taken over, pause ")
+        blkio.finish(client)
     stop(daemon)
     blkio.verify_file(disk.image, **options)
 

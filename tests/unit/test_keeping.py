@@ -81,7 +81,7 @@ def test_session_is_forgotten_as_soon_as_it_is_there(first: int) -> None:
     keeper = Keeper(told, environment("session.vm1"))
     assert set(keeper.sessions) == {"vm1"}
     assert told.told == ["forget session.vm1"]
-    keeper.drop_unused()
+    keeper.drop_unused(())
     assert keeper.sessions == {}
 
 
@@ -92,7 +92,7 @@ def test_state_is_forgotten_as_soon_as_it_is_there(first: int) -> None:
     keeper = Keeper(told, environment("state.KEPT.vm.1"))
     assert {name: origin for name, (origin, _) in keeper.states.items()} == {"vm.1": "KEPT"}
     assert told.told == ["forget state.KEPT.vm.1"]
-    keeper.drop_unused()
+    keeper.drop_unused(())
     assert keeper.states == {}
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(first)
@@ -138,7 +138,7 @@ def test_what_no_bridge_wants_is_closed(
     name = keeping._name(str(tmp_path / "ours"))
     told = Told()
     keeper = Keeper(told, environment(name, "unit.socket"))
-    keeper.drop_unused()
+    keeper.drop_unused({"vm1"})
     assert not (tmp_path / "ours").exists() and (tmp_path / "theirs").exists()
     assert told.told == [f"forget {name}"]
     assert "theirs: inherited, but no bridge listens there" in caplog.text

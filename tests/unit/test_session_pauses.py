@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from trio.testing import MockClock
 
-from tests.unit.fakes import FakeDevice, OnVdpa, region, state
+from tests.unit.fakes import FakeDevice, OnVdpa, Stateful, region, state
 from tests.unit.frontend import DEVICE_GETS, MEMORY, USER, FrontEnd, connected
 from tests.unit.store import Store
-from tests.unit.test_succession import begins, clean, end, take_over
+from tests.unit.test_succession import begins, clean, end, leave, take_over
 from vhostbridge.backends.errors import Unsupported
 from vhostbridge.backends.lifecycle import State
 from vhostbridge.backends.vhostuser.messages import Request as R
@@ -84,6 +84,33 @@ async def test_device_that_comes_meanwhile_stays_paused(autojump_clock: MockCloc
         assert [ring.enabled for ring in other.rings.values()] == [True, True]
 
 
+async def test_back_end_with_state_of_its_own_is_lost_with_it(autojump_clock: MockClock) -> None:
+    """Paused or not: nobody else has that state."""
+    async with connected(Stateful()) as vm:
+        await vm.start(0, 1)
+        await vm.enable(0, 1, on=0)
+        await vm.settle()
+        vm.device.fail("gone")
+        assert "gone" in str(await vm.lost())
+
+
+async def test_device_that_waits_for_its_state_can_be_paused(autojump_clock: MockClock) -> None:
+    """The operator holds it: its back-end was replaced, and `load` comes next."""
+    other = Stateful()
+    async with connected(Stateful()) as vm:
+        await vm.start(0, 1)
+        async with vm.session.lock:
+            await vm.session.hold()
+        vm.device.fail("gone")
+        await vm.settle()
+        async with vm.session.lock:
+            await vm.session.attach(other)
+        vm.device = other
+        await vm.ack(R.SET_VRING_ENABLE, state(0, 0))
+        await vm.ack(R.SET_VRING_ENABLE, state(1, 0))
+        assert vm.session.paused
+
+
 async def test_vring_that_stops_after_a_pause_is_no_pause(autojump_clock: MockClock) -> None:
     async with connected() as vm:
         await vm.start(0, 1)
@@ -147,17 +174,15 @@ async def test_device_that_is_moved_without_its_memory_waits(autojump_clock: Moc
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["away", "back"])
-async def test_front_end_without_memory_goes_to_the_next_process(
-    autojump_clock: MockClock, back: bool
-) -> None:
+async def test_front_end_without_memory_goes_to_the_next_process(*, back: bool) -> None:
+    """No clock that jumps: a state is packed in a thread, within a time."""
     store, other = Store(), OnVdpa()
     async with connected(OnVdpa()) as vm:
         await vm.start(0)
         await take_memory_away(vm)
         if back:
             await vm.ack(R.ADD_MEM_REG, REGION, vm.memory)
-        vm.session.part(begins(store).hand_over)
-        await vm.ended.wait()
+        await leave(vm, store)
         session = await take_over(begins(store), other)
         assert runs(other) is back
         await end(session)
