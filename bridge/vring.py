@@ -82,8 +82,8 @@ class FrontendVring:
         """Begin at the used index of a split vring where the front-end does not know better.
 
         cloud-hypervisor says of a vring that ran elsewhere that all requests are done: the base is
-        the available index. DPDK that listens says 0, also of one that ran before it was connected
-        anew.
+        the available index, where the driver may have gone on from by now. DPDK that listens says
+        0, also of one that ran before it was connected anew.
 
         Raises:
             PeerError: the vring does not lie in guest memory.
@@ -92,7 +92,8 @@ class FrontendVring:
         if setup.base is None:
             return
         available, used = available_index(regions, setup), used_index(regions, setup)
-        if setup.base in (0, available) and (available - used) % 0x10000 <= self.size:
+        waiting, told = (available - used) % 0x10000, (setup.base - used) % 0x10000
+        if waiting <= self.size and (setup.base == 0 or told <= waiting):
             self.base = used
 
     def forget_layout(self) -> None:

@@ -36,6 +36,19 @@ async def test_cloud_hypervisor_leaves_requests_undone_behind_the_base(
         assert vm.device.take_calls()[1:] == [("run", DEVICE_GETS, (0, 172), (1, 9))]
 
 
+async def test_driver_may_have_gone_on_since_its_front_end_looked(
+    autojump_clock: MockClock,
+) -> None:
+    """The vCPUs run as soon as all messages are acknowledged; the device starts after that."""
+    async with connected() as vm:
+        await vm.set_up(protocol=OFFER & ~PF.STATUS)
+        set_indices(vm, 0, available=2, used=65530)
+        await vm.set_ring(0, base=65535)
+        await vm.enable(0)
+        await vm.settle()
+        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 65530))
+
+
 async def test_base_of_a_device_that_was_stopped_is_its_own(autojump_clock: MockClock) -> None:
     """It may hold what it has not used."""
     async with connected() as vm:
