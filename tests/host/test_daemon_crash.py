@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from tests.peers.bridge import Bridge
 from tests.peers.guest import Guest, vhost_user_blk
 from tests.peers.process import eventually, peer
-from tests.peers.storage import StorageDaemon, make_image
+from tests.peers.storage import RevivedStorage, StorageDaemon, make_image
 from tests.peers.testpmd import Echo
 from tests.vm.guest.keeper import Keeper
 from tests.vm.guest.keeper_net import PacketKeeper
@@ -28,7 +29,7 @@ WRITE = re.compile(r" Write id=\d+ offset=0x([0-9a-f]+) count=0x200 ")
 
 
 @pytest.fixture
-def counted(tmp_path: Path) -> Iterator[tuple[StorageDaemon, Path]]:
+def counted(tmp_path: Path) -> Iterator[tuple[RevivedStorage, Path]]:
     """A vhost-user-blk back-end whose disk writes down every write, and where."""
     socket, log = tmp_path / "nbd.sock", tmp_path / "nbd.log"
     with peer(
@@ -37,13 +38,14 @@ def counted(tmp_path: Path) -> Iterator[tuple[StorageDaemon, Path]]:
         eventually(socket.exists, "nbdkit listens")
         layer = f"driver=nbd,node-name=top,server.type=unix,server.path={socket}"
         image = make_image(tmp_path / "unused")
-        with StorageDaemon(image, tmp_path / "disk.sock", layers=[layer]) as disk:
-            yield disk, log
+        disk = partial(StorageDaemon, image, tmp_path / "disk.sock", layers=[layer])
+        with RevivedStorage(disk) as revived:
+            yield revived, log
 
 
 @pytest.mark.soak
 def test_daemon_killed_at_any_moment_loses_no_write_and_repeats_none_that_was_done(
-    counted: tuple[StorageDaemon, Path], tmp_path: Path
+    counted: tuple[RevivedStorage, Path], tmp_path: Path
 ) -> None:
     """Each write has a sector of its own, so the disk's log says how often it was done."""
 
@@ -55,7 +57,7 @@ def test_daemon_killed_at_any_moment_loses_no_write_and_repeats_none_that_was_do
 
 @pytest.mark.soak
 def test_buffer_of_a_back_end_that_has_one_is_the_front_ends(
-    counted: tuple[StorageDaemon, Path], tmp_path: Path
+    counted: tuple[RevivedStorage, Path], tmp_path: Path
 ) -> None:
     """The back-end is another bridge, which knows what is in flight; both are killed at once."""
 

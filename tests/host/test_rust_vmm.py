@@ -7,13 +7,14 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.peers.bridge import Bridge
 from tests.peers.process import eventually, peer
-from tests.peers.storage import StorageDaemon, make_image
+from tests.peers.storage import RevivedStorage, StorageDaemon, make_image
 from tests.peers.vmm import RustVmm
 
 ROUNDS = 200 if os.environ.get("VHOST_BRIDGE_SOAK") else 20
@@ -36,7 +37,7 @@ def storage(folder: Path, number: int) -> StorageDaemon:
 
 
 @pytest.fixture
-def slow(tmp_path: Path) -> Iterator[list[StorageDaemon]]:
+def slow(tmp_path: Path) -> Iterator[list[RevivedStorage]]:
     """Two vhost-user-blk back-ends on one slow disk."""
     image, socket = make_image(tmp_path / "image", SIZE), tmp_path / "nbd.sock"
     delays = [f"{kind}delay={DELAY}" for kind in ("r", "w")]
@@ -45,12 +46,14 @@ def slow(tmp_path: Path) -> Iterator[list[StorageDaemon]]:
             peer(["nbdkit", "-f", "-U", str(socket), "--filter=delay", "file", image, *delays])
         )
         eventually(socket.exists, "nbdkit listens")
-        yield [stack.enter_context(storage(tmp_path, number)) for number in range(2)]
+        disks = [partial(storage, tmp_path, number) for number in range(2)]
+        yield [stack.enter_context(RevivedStorage(one)) for one in disks]
 
 
-def bridged(disk: StorageDaemon, *arguments: str) -> Bridge:
-    listen = disk.socket.with_name(f"{disk.socket.stem}-vm")
-    return Bridge(f"vhost-user:{disk.socket}", listen=listen, arguments=arguments)
+def bridged(disk: RevivedStorage, *arguments: str) -> Bridge:
+    socket = disk.socket
+    listen = socket.with_name(f"{socket.stem}-vm")
+    return Bridge(f"vhost-user:{socket}", listen=listen, arguments=arguments)
 
 
 def check(vmm: RustVmm) -> None:
@@ -60,7 +63,7 @@ def check(vmm: RustVmm) -> None:
 
 @ways
 def test_nothing_happens_while_the_guest_is_paused(
-    slow: list[StorageDaemon], tmp_path: Path, arguments: list[str]
+    slow: list[RevivedStorage], tmp_path: Path, arguments: list[str]
 ) -> None:
     chance = random.Random(20261127)
     with bridged(slow[0], *arguments) as bridge, RustVmm(bridge.listen, queues=2) as vmm:
@@ -78,7 +81,7 @@ def test_nothing_happens_while_the_guest_is_paused(
 
 @ways
 def test_paused_guest_stays_so_when_its_device_is_moved_or_lost(
-    slow: list[StorageDaemon], tmp_path: Path, arguments: list[str]
+    slow: list[RevivedStorage], tmp_path: Path, arguments: list[str]
 ) -> None:
     with bridged(slow[0], *arguments) as bridge, RustVmm(bridge.listen, queues=2) as vmm:
         time.sleep(0.1)
@@ -100,7 +103,7 @@ def test_paused_guest_stays_so_when_its_device_is_moved_or_lost(
 @pytest.mark.soak
 @ways
 def test_guest_moves_with_its_requests_in_flight(
-    slow: list[StorageDaemon], arguments: list[str]
+    slow: list[RevivedStorage], arguments: list[str]
 ) -> None:
     """Without GET_VRING_BASE: what is not done when it pauses is found behind the base."""
     with (
@@ -116,7 +119,7 @@ def test_guest_moves_with_its_requests_in_flight(
 
 @ways
 def test_migration_that_is_cancelled_leaves_the_guest_going_on(
-    slow: list[StorageDaemon], arguments: list[str]
+    slow: list[RevivedStorage], arguments: list[str]
 ) -> None:
     with bridged(slow[0], *arguments) as bridge, RustVmm(bridge.listen, queues=2) as vmm:
         for _ in range(3):
@@ -126,7 +129,7 @@ def test_migration_that_is_cancelled_leaves_the_guest_going_on(
         check(vmm)
 
 
-def test_driver_that_begins_anew(slow: list[StorageDaemon]) -> None:
+def test_driver_that_begins_anew(slow: list[RevivedStorage]) -> None:
     with bridged(slow[0]) as bridge, RustVmm(bridge.listen, queues=2) as vmm:
         for _ in range(10):
             time.sleep(0.05)
@@ -137,7 +140,7 @@ def test_driver_that_begins_anew(slow: list[StorageDaemon]) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("end", [Bridge.kill, Bridge.stop])
 def test_daemon_ends_and_the_vmm_connects_anew(
-    slow: list[StorageDaemon], end: Callable[[Bridge], None]
+    slow: list[RevivedStorage], end: Callable[[Bridge], None]
 ) -> None:
     """It does so at once, and only once. It has a buffer of the requests in flight, and says of all
     others that they are done."""

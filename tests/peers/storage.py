@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from tests.rig.root import peer_argv
 
@@ -70,6 +72,45 @@ class StorageDaemon(Process):
     ) -> None:
         self.qmp.close()
         super().__exit__(kind, error, trace)
+
+
+class RevivedStorage:
+    """A storage daemon that is started again where it ended by a fault of its own, for a `with`
+    block's length; ``make`` starts it.
+
+    QEMU's (10.0) may end when its front-end is killed with requests in flight: it waits for these,
+    and a kick that comes meanwhile fails an assertion.
+    """
+
+    FAULT = "vhost_user_server_inc_in_flight: Assertion `!server->wait_idle' failed"
+
+    def __init__(self, make: Callable[[], StorageDaemon]) -> None:
+        self._make = make
+        self._daemon = make()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._daemon.__exit__(kind, error, trace)
+
+    @property
+    def socket(self) -> Path:
+        """Where it listens for the next front-end, if need be again."""
+        time.sleep(0.05)  # its end is near, if it comes
+        if self._daemon.poll() is not None:
+            assert self.FAULT in self._daemon.output, self._daemon.output
+            self._daemon.__exit__(None, None, None)
+            self._daemon = self._make()
+        return self._daemon.socket
+
+    def kill(self) -> None:
+        self._daemon.kill()
 
 
 def make_image(path: Path, size: int = 32 << 20) -> Path:
