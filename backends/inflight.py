@@ -25,6 +25,8 @@ ALIGN = 64
 ROOM = 1024
 # Of a region's header, and of an entry: its first byte says whether it is in flight.
 _SPLIT, _PACKED = 16, 32
+# Where a header has its version, two bytes; they follow the features.
+_VERSION = 8
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -101,6 +103,11 @@ class InflightBuffer(Closing):
     @property
     def _each(self) -> int:
         return self.size // self.queues // ALIGN * ALIGN
+
+    def is_blank(self, index: int) -> bool:
+        """Whether nobody has used the region of a vring: its header has no version yet."""
+        at = self.offset + index * self._each + _VERSION
+        return index >= self.queues or not any(os.pread(self.fd.fileno(), 2, at))
 
     def check_empty(self, state: DeviceState) -> None:
         """Refuse a state that is not all: some of its requests are here.

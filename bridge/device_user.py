@@ -149,11 +149,12 @@ class DeviceUser(FrontEnd):
             for vring in self.running:
                 vring.stop(await self.device.stop_vring(vring.index), keep_call=True)
 
-    # A device that holds no requests begins with what was not used.
+    # A device that holds no requests begins with what was not used. Where the front-end keeps a
+    # buffer of a vring's requests, that knows.
     def _look_for_bases(self, vrings: list[FrontendVring]) -> None:
         fresh = self.device.state is State.RESET or self.left_behind is not None
-        if fresh and not self.packed and self.inflight is None:
-            for vring in vrings:
+        for vring in vrings if fresh and not self.packed else ():
+            if self.inflight is None or self.inflight.is_blank(vring.index):
                 vring.look_for_base(self.memory)
 
     # What stands in for a device gives nothing back: the next one does.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from trio.testing import MockClock
 
 from tests.unit.fakes import state, u64
 from tests.unit.frontend import DEVICE_GETS, OFFER, PF, FrontEnd, connected, ring
+from tests.unit.test_session_inflight import Noting, get_buffer
 from vhostbridge.backends.vhostuser.messages import Request as R
 
 
@@ -47,6 +49,24 @@ async def test_driver_may_have_gone_on_since_its_front_end_looked(
         await vm.enable(0)
         await vm.settle()
         assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 65530))
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+async def test_only_a_buffer_that_was_used_knows_what_is_in_flight(
+    autojump_clock: MockClock, used: bool
+) -> None:
+    """cloud-hypervisor makes a new one when its guest comes from elsewhere."""
+    async with connected(Noting()) as vm:
+        await vm.set_up(protocol=OFFER & ~PF.STATUS | PF.INFLIGHT_SHMFD)
+        payload, fd = await get_buffer(vm)
+        if used:
+            os.pwrite(fd.fileno(), b"\1\0", 8)
+        await vm.ack(R.SET_INFLIGHT_FD, payload, fd)
+        set_indices(vm, 0, available=300, used=290)
+        await vm.set_ring(0, base=300)
+        await vm.enable(0)
+        await vm.settle()
+        assert vm.device.take_calls()[-1] == ("run", DEVICE_GETS, (0, 300 if used else 290))
 
 
 async def test_base_of_a_device_that_was_stopped_is_its_own(autojump_clock: MockClock) -> None:
