@@ -20,6 +20,7 @@ from vhostbridge.bridge.control_client import ControlClient
 
 ROUNDS = 100 if os.environ.get("VHOST_BRIDGE_SOAK") else 10
 SIZE = 4 << 20
+BRIDGE = '[[bridge]]\nname = "{}"\nlisten = "{}"\nbackend = "vhost-user:{}"\n'
 
 
 @pytest.mark.soak
@@ -225,8 +226,7 @@ def test_what_can_not_start_costs_front_ends_that_were_handed_over_nothing(
     """Whoever restarts has written something into the file, with a mistake in all of it."""
     options: dict[str, object] = {"size": SIZE, "state": tmp_path / "state", "seed": 41}
     config, missing = tmp_path / "bridges.toml", tmp_path / "missing"
-    bridge = '[[bridge]]\nname = "{}"\nlisten = "{}"\nbackend = "vhost-user:{}"\n'
-    first = bridge.format("vm1", tmp_path / "vm.sock", disk.socket)
+    first = BRIDGE.format("vm1", tmp_path / "vm.sock", disk.socket)
     config.write_text(first)
     daemon = manager.start("--config", config, "--no-control")
     blkio.run(tmp_path / "vm.sock", "fill", **options)
@@ -235,7 +235,7 @@ def test_what_can_not_start_costs_front_ends_that_were_handed_over_nothing(
         stop(daemon)
         for name in ("control", "metrics", "trace"):
             first = f'{name} = "{missing / name}"\n{first}'
-        config.write_text(first + bridge.format("vm2", missing / "vm2.sock", disk.socket))
+        config.write_text(first + BRIDGE.format("vm2", missing / "vm2.sock", disk.socket))
         daemon = manager.start("--config", config)
         daemon.wait_for_output("taken over, pause ")
         blkio.finish(client)
@@ -252,10 +252,9 @@ def test_front_end_waits_until_its_bridge_can_start(
     """Alone it ends the new process, beside another bridge a reload is waited for."""
     options: dict[str, object] = {"size": SIZE, "state": tmp_path / "state", "seed": 43}
     config = tmp_path / "bridges.toml"
-    bridge = '[[bridge]]\nname = "{}"\nlisten = "{}"\nbackend = "vhost-user:{}"\n'
-    right = bridge.format("vm1", tmp_path / "vm.sock", disk.socket)
-    wrong = bridge.format("vm1", tmp_path / "missing" / "vm.sock", disk.socket)
-    other = bridge.format("vm2", tmp_path / "vm2.sock", disk.socket)
+    right = BRIDGE.format("vm1", tmp_path / "vm.sock", disk.socket)
+    wrong = BRIDGE.format("vm1", tmp_path / "missing" / "vm.sock", disk.socket)
+    other = BRIDGE.format("vm2", tmp_path / "vm2.sock", disk.socket)
     config.write_text(right)
     daemon = manager.start("--config", config, "--no-control")
     blkio.run(tmp_path / "vm.sock", "fill", **options)
